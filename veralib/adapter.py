@@ -1,0 +1,85 @@
+"""Adapter: one fine-tune as plain data, without a model. load_adapter makes one, vera.load takes one."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .basis import Basis
+from .config import VeraConfig
+from .core import delta_weight
+
+
+def layer_of(unit: str) -> str:
+    """The module a unit belongs to: "h.0.attn.c_attn" for the unit "h.0.attn.c_attn:q", or the unit itself."""
+    return unit.partition(":")[0]
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """What an adapter remembers of the model it was trained on, to know it again."""
+
+    id: str = ""
+    """Hub id or folder; a different one only warns."""
+    revision: str = ""
+    layers: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """Every targeted module: (outputs m, inputs n)."""
+    hashes: Mapping[str, str] = field(default_factory=dict)
+    """Of each targeted module: a hash of sampled entries of its weight, rounded to bf16 (linears.weight_hash). Empty for a
+    quantised base."""
+    quantised: str = ""
+    """The quantisation of the base the adapter was trained on, "" for none."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One adapter: its config and, for each unit, the trained vectors.
+
+    A unit is an adapted linear's name, or name:part for a part of a fused one. Tensors are on the CPU; d and b are float32.
+    """
+
+    config: VeraConfig
+    basis: Basis
+    base: BaseModel
+    vectors: Mapping[str, tuple[Tensor, Tensor]]
+    """unit -> (d of length r, b of length m)."""
+    layer_ids: Mapping[str, int] = field(default_factory=dict)
+    """unit -> the counter word of its own A and B, with sharing="unique"; empty with one shared pair."""
+    biases: Mapping[str, Tensor] = field(default_factory=dict)
+    """module -> a full bias that replaces the base's (PEFT's bias="vera_only")."""
+    modules: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    """train_modules: module name -> its state_dict."""
+    notes: Mapping[str, str] = field(default_factory=dict)
+    """Free text that travels with the file: library version, metrics."""
+
+    @property
+    def parameters(self) -> int:
+        """Number of entries in all d and b; the paper counts them so, without biases and heads."""
+        return sum(d.numel() + b.numel() for d, b in self.vectors.values())
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all tensors."""
+        tensors = [t for pair in self.vectors.values() for t in pair]
+        tensors += list(self.biases.values()) + [t for m in self.modules.values() for t in m.values()]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    def basis_of(self, unit: str) -> Basis:
+        """The pair A, B of one unit."""
+        if unit not in self.layer_ids:
+            return self.basis
+        return Basis(self.basis.kind, self.basis.seed, self.basis.levels, self.layer_ids[unit])
+
+    def scale_of(self, unit: str) -> float:
+        """config.scale · s_A · s_B of one unit: what d is multiplied by before Eq. 2."""
+        n = self.base.layers[layer_of(unit)][1]
+        return self.config.scale * self.basis.scale(n, self.vectors[unit][0].numel())
+
+    def delta(self, unit: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        """ΔW (m, n) of one unit, on the CPU."""
+        d, b = self.vectors[unit]
+        n = self.base.layers[layer_of(unit)][1]
+        basis = self.basis_of(unit)
+        A, B = basis.A(d.numel(), n).to(dtype), basis.B(b.numel(), d.numel()).to(dtype)
+        return delta_weight(A, B, d.to(dtype) * self.scale_of(unit), b.to(dtype))
