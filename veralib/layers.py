@@ -1,0 +1,328 @@
+"""The adapted linear: attach changes a module's class in place, so names, state_dict keys, isinstance and ties stay."""
+
+import copy
+import functools
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .autograd import Apart, Factored, Merged, MixedDelta
+from .bank import Member
+from .core import Shape, choose_plan
+from .errors import StateError
+from .linears import dense_weight, shape
+from .selection import Bucket, Runtime, Selection, stacked_vectors
+
+_choose = functools.lru_cache(maxsize=4096)(lambda *fields: choose_plan(Shape(*fields)))
+
+
+def _full_precision_matmul(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a matmul of this dtype is what it says: float64, or float32 without TF32 or bf16 tricks."""
+    if dtype == torch.float64:
+        return True
+    if dtype != torch.float32:
+        return False
+    return torch.get_float32_matmul_precision() == "highest" and not (
+        device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
+    )
+
+
+class Site:
+    """One adapted linear's place: its name, its runtime, and the forward of Eq. 2 there."""
+
+    def __init__(self, layer: str, module: nn.Module, runtime: Runtime) -> None:
+        self.layer = layer
+        self.runtime = runtime
+        self.m, self.n = shape(module)
+        self.hooked: Callable | None = module.__dict__.get("forward")
+        self.called = False
+
+    def forward(self, module: nn.Module, base: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """base: the module's own forward. x: (..., n) -> (..., m)."""
+        self.called = True
+        selection = self.runtime.current()
+        if selection.kind == "base":
+            return base(x)
+        if selection.kind == "one":
+            member = selection.member
+            assert member is not None
+            if self.layer not in member.layout.by_layer and self.layer not in member.biases:
+                return base(x)
+            return self._one(module, base, x, member)
+        return self._mixed(module, base, x, selection)
+
+    def _one(self, module: nn.Module, base: Callable[[Tensor], Tensor], x: Tensor, member: Member) -> Tensor:
+        units = member.layout.by_layer.get(self.layer, ())
+        own_bias = member.biases.get(self.layer)
+        if not units:
+            return base(x) + _bias_change(module, own_bias, x)
+        vectors = member.tensors(units)
+        device = x.device.type
+        autocast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+        dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
+        W = dense_weight(module) if self.hooked is None else None
+        if W is not None and not autocast and W.dtype != dtype:
+            W = None  # the base's own forward answers, whatever it makes of it
+        if W is None and not autocast and not x.is_floating_point():
+            return base(x)
+        bias: Tensor | None = module.bias if own_bias is None else own_bias.to(x.device)  # type: ignore[assignment]
+        training = torch.is_grad_enabled() and (x.requires_grad or any(v.requires_grad for v in vectors))
+        dropout = member.config.dropout if module.training and member.trainable else 0.0
+        flat = self.runtime.cast(x, x.reshape(-1, self.n), dtype)
+        which, firsts = member.layout.one_basis[self.layer]
+        exact = W is not None and not autocast and _full_precision_matmul(dtype, x.device)
+        plan = self.runtime.plan or _choose(
+            flat.shape[0],
+            sum(u.m for u in units),
+            self.n,
+            max(u.r for u in units),
+            exact,
+            W is not None,
+            training,
+            x.requires_grad,
+            self.runtime.has_u(x, firsts[0], dtype),
+        )
+        if plan.startswith("merged") and not exact:
+            plan = "apart-weights" if plan.endswith("weights") else "apart-tokens"
+        h = None
+        if W is None:
+            h = base(x).reshape(-1, self.m)
+            if own_bias is not None:
+                h = h + _bias_change(module, own_bias, x)
+        if plan == "factored" or dropout:
+            if dropout:
+                dropped = nn.functional.dropout(flat, dropout, training=True)
+                us = [nn.functional.linear(dropped, u.A(dropped)) for u in firsts]
+            else:
+                us = [self.runtime.rank_space(x, flat, u) for u in firsts]
+            out = Factored.apply(h, None if W is None else flat, W, bias, units, which, *us, *vectors)
+        elif plan.startswith("merged"):
+            out = Merged.apply(flat, W, bias, units, plan == "merged-tokens", *vectors)
+        else:
+            out = Apart.apply(h, flat, W, bias, units, plan == "apart-tokens", *vectors)
+        return out.reshape(*x.shape[:-1], self.m)
+
+    def _mixed(self, module: nn.Module, base: Callable[[Tensor], Tensor], x: Tensor, selection: Selection) -> Tensor:
+        if getattr(module, "_is_replica", False):
+            raise StateError("vera.rows() doesn't work inside nn.DataParallel: use DistributedDataParallel (torchrun).")
+        rows = x.shape[0] if selection.kind == "rows" else x.numel() // self.n
+        if rows != selection.size or x.dim() < 2:
+            what = "row" if selection.kind == "rows" else "token"
+            raise StateError(
+                f'layer "{self.layer}" was given {rows} {what}s, and vera.{selection.kind}() named adapters for '
+                f"{selection.size}: give one for each {what} of the batch; a layer that sees packed or routed tokens needs "
+                "vera.tokens(index), with an index for each token it sees."
+            )
+        h = base(x)
+        buckets = selection.buckets(self.layer)
+        changed = [m for m in selection.distinct if self.layer in m.biases]
+        if not buckets and not changed:
+            return h
+        grad = torch.is_grad_enabled() and (
+            h.requires_grad or any(m.trainable for bucket in buckets for g in bucket.groups for m in g.members)
+        )
+        out = h.reshape(rows, -1, self.m)
+        if not grad and (torch.is_grad_enabled() is False or not h.requires_grad):
+            out = out.clone() if h.is_inference() and not torch.is_inference_mode_enabled() else out
+        for bucket in buckets:
+            out = self._add_bucket(out, x, bucket, rows, h.dtype, grad, module)
+        for member in changed:
+            mine = torch.tensor([m is member for m in selection.members], device=x.device)[:, None, None]
+            out = torch.where(mine, out + _bias_change(module, member.biases[self.layer], x), out)
+        return out.reshape(h.shape)
+
+    def _add_bucket(self, out, x, bucket: Bucket, rows: int, dtype, grad: bool, module) -> Tensor:
+        widest = bucket.widest
+        flat = self.runtime.cast(x, x, dtype).reshape(rows, -1, self.n)
+        u = self.runtime.rank_space(x, flat, widest, None if bucket.everyone else bucket.positions)
+        d, b = stacked_vectors(bucket)
+        y = MixedDelta.apply(u, d, b, bucket.index, widest.B(u))
+        if widest.rows is not None:
+            if not isinstance(widest.rows, slice):
+                whole = y.new_zeros(*y.shape[:-1], self.m)
+                y = whole.index_add(2, widest.rows.to(y.device), y)
+                target, out = out, out
+            elif grad:
+                out = out.clone()
+                target = out[:, :, widest.rows]
+            else:
+                target = out[:, :, widest.rows]
+        else:
+            target = out
+        if target is out and grad:
+            return out + y if bucket.everyone else out.index_add(0, bucket.positions, y)
+        if bucket.everyone:
+            target.add_(y)
+        else:
+            target.index_add_(0, bucket.positions, y)
+        return out
+
+
+def _bias_change(module: nn.Module, bias: Tensor | None, like: Tensor) -> Tensor:
+    """What replaces the base's bias by the adapter's, (m,)."""
+    assert bias is not None
+    old = module.bias if isinstance(module.bias, Tensor) else 0.0
+    return (bias.to(like.device) - old).to(like.dtype if like.is_floating_point() else torch.float32)
+
+
+class VeraLayer:
+    """Mixed into an adapted linear's class. The layer's Parameters vera_<k>_d and vera_<k>_b stay float32 whatever is cast."""
+
+    _vera: Site
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self._vera.forward(self, super().forward, x)  # type: ignore[misc, arg-type]
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> Any:
+        own = {id(t) for name, p in self._parameters.items() if name.startswith("vera_") for t in (p, p.grad)}  # type: ignore[attr-defined]
+
+        def by_device_only(t: Tensor) -> Tensor:
+            out = fn(t)
+            return out.to(t.dtype) if id(t) in own and out.dtype != t.dtype else out
+
+        return super()._apply(by_device_only, recurse)  # type: ignore[misc]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        return _rebuild, (type(self)._vera_plain, VeraLayer), self.__getstate__()  # type: ignore[attr-defined]
+
+
+def _rebuild(plain: type, mixin: type) -> Any:
+    cls = adapted_class(plain, mixin)
+    return cls.__new__(cls)
+
+
+@functools.cache
+def adapted_class(plain: type, mixin: type = VeraLayer) -> type:
+    """The class that a module of class `plain` gets: VeraLinear for nn.Linear, say. It pickles by naming `plain`."""
+    name = plain.__name__ if mixin is not VeraLayer else "Vera" + plain.__name__
+    return type(name, (mixin, plain), {"_vera_plain": plain, "__module__": plain.__module__})
+
+
+VeraLinear = adapted_class(nn.Linear)
+
+
+def _hooked_forward(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return self._vera.forward(self, self._vera.hooked, x)  # type: ignore[union-attr, operator, arg-type]
+
+
+def _no_fast_path(module: nn.Module, args: Any) -> None:
+    """A no-op hook: nn.TransformerEncoderLayer's fast path, which reads weights and calls no layer, looks for one."""
+
+
+def adapt(layer: str, module: nn.Module, runtime: Runtime) -> None:
+    """Makes a linear an adapted one, in place."""
+    if not isinstance(module, VeraLayer):
+        site = Site(layer, module, runtime)
+        module.__class__ = adapted_class(type(module))
+        module._vera = site
+        if site.hooked is not None:  # accelerate replaces forward on the instance, where no class is asked
+            module.__dict__["forward"] = types.MethodType(_hooked_forward, module)
+        module._vera_hook = module.register_forward_pre_hook(_no_fast_path)  # type: ignore[assignment]
+
+
+def release(module: nn.Module) -> None:
+    """The plain linear again: class, attributes, forward."""
+    if isinstance(module, VeraLayer):
+        site = module._vera
+        module.__dict__.pop("_vera_hook").remove()
+        del module.__dict__["_vera"]
+        if site.hooked is not None:
+            module.__dict__["forward"] = site.hooked
+        module.__class__ = type(module)._vera_plain  # type: ignore[attr-defined]
+
+
+class HeadLayer:
+    """Mixed into a module that is trained in full: one copy of it for each adapter beside the base's own."""
+
+    _vera_head: "HeadSite"
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._vera_head.forward(self, super().forward, args, kwargs)  # type: ignore[misc, arg-type]
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)  # type: ignore[misc]
+        for module in self._vera_head.resident.values():
+            module._apply(fn)
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        return _rebuild, (type(self)._vera_plain, HeadLayer), self.__getstate__()  # type: ignore[attr-defined]
+
+
+class HeadSite:
+    """The copies of one fully trained module: trainable ones are children vera_<k>, resident ones are kept out of the tree."""
+
+    def __init__(self, name: str, runtime: Runtime) -> None:
+        self.name = name
+        self.runtime = runtime
+        self.resident: dict[int, nn.Module] = {}
+
+    def copy_of(self, module: nn.Module, member: Member | None) -> nn.Module | None:
+        """The member's copy, or None where it has none and the base's serves."""
+        if member is None:
+            return None
+        return module._modules.get(f"vera_{member.number}") or self.resident.get(member.number)
+
+    def forward(self, module: nn.Module, base: Callable, args: tuple, kwargs: dict) -> Any:
+        selection = self.runtime.current()
+        if selection.kind == "base":
+            return base(*args, **kwargs)
+        if selection.kind == "one":
+            return (self.copy_of(module, selection.member) or base)(*args, **kwargs)
+        rows: dict[Callable, list[int]] = {}
+        for i, member in enumerate(selection.members):
+            rows.setdefault(self.copy_of(module, member) or base, []).append(i)
+        if len(rows) == 1:
+            return next(iter(rows))(*args, **kwargs)
+        if selection.kind == "tokens":
+            raise StateError(
+                f'module "{self.name}" is trained in full and can\'t be chosen per token: use vera.rows().'
+            )
+        return self._by_rows(rows, args, kwargs, selection.size)
+
+    def _by_rows(self, rows: dict[Callable, list[int]], args: tuple, kwargs: dict, size: int) -> Any:
+        out = None
+        for call, positions in rows.items():
+            index = torch.tensor(positions)
+
+            def pick(v: Any, index: Tensor = index) -> Any:
+                return v[index.to(v.device)] if isinstance(v, Tensor) and v.dim() and v.shape[0] == size else v
+
+            y = call(*[pick(a) for a in args], **{k: pick(v) for k, v in kwargs.items()})
+            if not isinstance(y, Tensor):
+                raise StateError(
+                    f'module "{self.name}" returns {type(y).__name__}, and rows() can only mix modules that return one tensor.'
+                )
+            out = y.new_zeros(size, *y.shape[1:]) if out is None else out
+            out = out.index_copy(0, index.to(y.device), y)
+        return out
+
+
+def adapt_head(name: str, module: nn.Module, runtime: Runtime) -> HeadSite:
+    """Makes a module one that can have a copy for each adapter, in place."""
+    if not isinstance(module, HeadLayer):
+        module.__class__ = adapted_class(type(module), HeadLayer)
+        module._vera_head = HeadSite(name, runtime)
+    return module._vera_head
+
+
+def plain_copy(module: nn.Module) -> nn.Module:
+    """A copy of a head's base module, without any adapter's copies."""
+    copied = copy.copy(module)
+    copied.__dict__ = {k: v for k, v in module.__dict__.items() if k != "_vera_head"}
+    copied._modules = {k: v for k, v in module._modules.items() if not k.startswith("vera_")}
+    if isinstance(module, HeadLayer):
+        copied.__class__ = type(module)._vera_plain  # type: ignore[attr-defined]
+    return copy.deepcopy(copied)
+
+
+def release_head(module: nn.Module) -> None:
+    """The plain module again."""
+    if isinstance(module, HeadLayer):
+        for name in [n for n in module._modules if n.startswith("vera_")]:  # type: ignore[attr-defined]
+            del module._modules[name]  # type: ignore[attr-defined]
+        del module.__dict__["_vera_head"]
+        module.__class__ = type(module)._vera_plain  # type: ignore[attr-defined]
