@@ -7,7 +7,7 @@ matrix whatever the rank and the targets, and one copy per seed, device and dtyp
 import hashlib
 import math
 import threading
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from typing import Any
 
@@ -65,33 +65,42 @@ def basis_bytes(
 ) -> Tensor:
     """The raw bytes v of the block [row : row + rows, column : column + columns], uint8 (rows, columns).
 
-    matrix: MATRIX_A or MATRIX_B. Counter words (j // 16, i, matrix, layer id); entry (i, j) is byte j mod 16 of the four
-    little-endian words. The same on every platform and device.
+    matrix: MATRIX_A or MATRIX_B. Counter words (j // 16, i, matrix, layer id); entry (i, j) is byte j mod 16 of the
+    four little-endian words. The same on every platform and device.
     """
     first, last = column // 16, (column + columns + 15) // 16
     device = torch.device(device)
     out = torch.empty(rows, columns, dtype=torch.uint8, device=device)
     # About 2**15 counters at a time stay in the cache: 2.5 times as fast as all at once on the CPU.
     step = max(1, (2**15 if device.type == "cpu" else 2**22) // max(1, last - first))
+    make = _rows_numpy if device.type == "cpu" else _rows_torch
+    offset = column - 16 * first
     for start in range(0, rows, step):
         stop = min(rows, start + step)
-        block: Tensor
-        if device.type == "cpu":
-            i = np.arange(row + start, row + stop, dtype=np.int64)[:, None]
-            j = np.arange(first, last, dtype=np.int64)[None, :]
-            c2, c3 = np.full((1, 1), matrix, np.int64), np.full((1, 1), layer_id, np.int64)
-            words = np.stack(np.broadcast_arrays(*philox4x32_10((j, i, c2, c3), seed)), axis=-1).astype("<u4")
-            block = torch.from_numpy(words.view(np.uint8).reshape(stop - start, -1))
-        else:
-            ti = torch.arange(row + start, row + stop, device=device)[:, None]
-            tj = torch.arange(first, last, device=device)[None, :]
-            t2, t3 = torch.full_like(tj[:, :1], matrix), torch.full_like(tj[:, :1], layer_id)
-            words_t = torch.stack(torch.broadcast_tensors(*philox4x32_10((tj, ti, t2, t3), seed)), dim=-1)
-            shifts = torch.tensor([0, 8, 16, 24], device=device)
-            block = ((words_t[..., None] >> shifts) & 0xFF).to(torch.uint8).reshape(stop - start, -1)
-        offset = column - 16 * first
+        block = make(seed, (matrix, layer_id), (row + start, row + stop), (first, last), device)
         out[start:stop] = block[:, offset : offset + columns]
     return out
+
+
+def _rows_numpy(
+    seed: int, ids: tuple[int, int], i: tuple[int, int], j: tuple[int, int], device: torch.device
+) -> Tensor:
+    """Bytes of the rows i[0] to i[1] and the 16-byte blocks j[0] to j[1], on the CPU. ids: matrix, layer id."""
+    ti, tj = np.arange(*i, dtype=np.int64)[:, None], np.arange(*j, dtype=np.int64)[None, :]
+    matrix, layer_id = (np.full((1, 1), word, np.int64) for word in ids)
+    words = np.stack(np.broadcast_arrays(*philox4x32_10((tj, ti, matrix, layer_id), seed)), axis=-1)
+    return torch.from_numpy(words.astype("<u4").view(np.uint8).reshape(i[1] - i[0], -1))
+
+
+def _rows_torch(
+    seed: int, ids: tuple[int, int], i: tuple[int, int], j: tuple[int, int], device: torch.device
+) -> Tensor:
+    """The same bytes, made on any device: the matrix needn't cross the bus."""
+    ti, tj = torch.arange(*i, device=device)[:, None], torch.arange(*j, device=device)[None, :]
+    matrix, layer_id = (torch.full_like(tj[:, :1], word) for word in ids)
+    words = torch.stack(torch.broadcast_tensors(*philox4x32_10((tj, ti, matrix, layer_id), seed)), dim=-1)
+    shifts = torch.tensor([0, 8, 16, 24], device=device)
+    return ((words[..., None] >> shifts) & 0xFF).to(torch.uint8).reshape(i[1] - i[0], -1)
 
 
 @lru_cache(maxsize=8)
@@ -124,7 +133,7 @@ SCALE_RULES = {
 
 
 def layer_id_of(name: str) -> int:
-    """The counter word of a layer's own pair (sharing="unique"): 4 bytes of SHA-256(name), never 0, which is the shared pair."""
+    """The counter word of a layer's own pair (sharing="unique"): 4 bytes of SHA-256(name), never 0, which is shared."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little") or 1
 
 
@@ -168,13 +177,34 @@ class Basis:
     max_out: int = 0
     stored: StoredPair | None = field(default=None, repr=False)
 
+    def __post_init__(self) -> None:
+        if self.kind not in ("philox-u8", "peft") or self.levels not in SCALE_RULES:
+            raise ConfigError(f"there is no basis of kind {self.kind!r} with levels {self.levels!r}; see VeraConfig")
+        if not 0 <= self.seed < 2**64 or not 0 <= self.layer_id < 2**32:
+            raise ConfigError(f"seed is {self.seed} and layer_id {self.layer_id}, expected 64 and 32 bits, unsigned")
+        # Every forward looks A and B up by basis; a dataclass would hash its eight fields each time.
+        key = (self.kind, self.seed, self.levels, self.layer_id, self.rank, self.max_in, self.max_out, self.stored)
+        object.__setattr__(self, "_hash", hash(key))
+
+    def __hash__(self) -> int:
+        return self._hash  # type: ignore[attr-defined]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Not the default, which would carry the hash along: strings hash differently in every process.
+        return type(self), tuple(getattr(self, f.name) for f in fields(self))
+
+    def __deepcopy__(self, memo: dict) -> "Basis":
+        return self
+
     def A(self, r: int, n: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:
         """A's leading block (r, n): a view of the shared matrix. Not to be written to."""
-        return _block(self, MATRIX_A, r, n, torch.device(device), dtype)
+        view = _views.get((self, MATRIX_A, r, n, device, dtype))
+        return _block(self, MATRIX_A, r, n, device, dtype) if view is None else view
 
     def B(self, m: int, r: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:
         """B's leading block (m, r): a view of the shared matrix. Not to be written to."""
-        return _block(self, MATRIX_B, m, r, torch.device(device), dtype)
+        view = _views.get((self, MATRIX_B, m, r, device, dtype))
+        return _block(self, MATRIX_B, m, r, device, dtype) if view is None else view
 
     def scale(self, n: int, r: int) -> float:
         """s_A·s_B of a layer with n inputs at rank r: multiplied into d, never into the matrices."""
@@ -214,7 +244,7 @@ def _fingerprint(basis: Basis) -> str:
 
 
 def peft_pair(basis: Basis) -> tuple[Tensor, Tensor]:
-    """PEFT's A (rank, max_in) and B (max_out, rank), float32, bit for bit: one CPU generator, A first (peft/tuners/vera)."""
+    """PEFT's A (rank, max_in) and B (max_out, rank), float32, bit for bit: one CPU generator, A first."""
     generator = torch.Generator(device="cpu").manual_seed(basis.seed)
 
     def draw(rows: int, columns: int) -> Tensor:
@@ -225,6 +255,9 @@ def peft_pair(basis: Basis) -> tuple[Tensor, Tensor]:
 
 
 _cache: dict[tuple[Basis, int, torch.device, torch.dtype], Tensor] = {}
+# The blocks handed out, by (basis, matrix, rows, columns, device, dtype): slicing anew takes 5 µs, and a step does so
+# twice a layer.
+_views: dict[tuple[Basis, int, int, int, torch.device | str, torch.dtype], Tensor] = {}
 _lock = threading.RLock()
 
 
@@ -232,6 +265,7 @@ def clear_cache() -> None:
     """Drops every generated matrix; they grow again from their seeds when next used."""
     with _lock:
         _cache.clear()
+        _views.clear()
         _peft_pair_cached.cache_clear()
 
 
@@ -244,17 +278,24 @@ def cache_bytes() -> int:
 _peft_pair_cached = lru_cache(maxsize=4)(peft_pair)
 
 
-def _block(basis: Basis, matrix: int, rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    key = (basis, matrix, device, dtype)
+def _block(
+    basis: Basis, matrix: int, rows: int, columns: int, device: torch.device | str, dtype: torch.dtype
+) -> Tensor:
+    key = (basis, matrix, torch.device(device), dtype)
     whole = _cache.get(key)
     if whole is None or whole.shape[0] < rows or whole.shape[1] < columns:
         with _lock, torch.inference_mode(False), torch.no_grad():
             whole = _cache.get(key)
             if whole is None or whole.shape[0] < rows or whole.shape[1] < columns:
                 have = (0, 0) if whole is None else whole.shape
-                whole = _make(basis, matrix, max(rows, have[0]), max(columns, have[1]), device, dtype)
-                _cache[key] = whole
-    return whole[:rows, :columns]
+                whole = _make(basis, matrix, max(rows, have[0]), max(columns, have[1]), key[2], dtype)
+                if type(whole) is Tensor:  # under FakeTensorMode it has no values: not for later callers
+                    _cache[key] = whole
+                    _views.clear()  # those of the smaller matrix would keep it in memory
+    view = whole[:rows, :columns]
+    if type(view) is Tensor and not torch.compiler.is_compiling():
+        _views[basis, matrix, rows, columns, device, dtype] = view
+    return view
 
 
 def _make(basis: Basis, matrix: int, rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -263,8 +304,8 @@ def _make(basis: Basis, matrix: int, rows: int, columns: int, device: torch.devi
         whole = pair[matrix]
         if whole.shape[0] < rows or whole.shape[1] < columns:
             raise ConfigError(
-                f"PEFT's {'AB'[matrix]} has shape {tuple(whole.shape)}, and a layer asks for {(rows, columns)}: a PEFT basis "
-                "is bound to the widest layer and the rank it was made for. Use basis='philox-u8'."
+                f"PEFT's {'AB'[matrix]} has shape {tuple(whole.shape)}, and a layer asks for {(rows, columns)}: a PEFT "
+                "basis is bound to the widest layer and the rank it was made for. Use basis='philox-u8'."
             )
         return whole.to(device, dtype)
     table = torch.from_numpy(level_table(basis.levels).copy()).to(device)

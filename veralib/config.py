@@ -159,7 +159,7 @@ def _faults(c: VeraConfig):
         if pattern is not None:
             try:
                 re.compile(pattern)
-            except (re.error, TypeError) as e:
+            except (re.error, TypeError, RecursionError, OverflowError) as e:
                 yield f"rank's pattern {pattern!r} is no regular expression: {e}"
     if not _whole(c.seed) or not 0 <= c.seed < 2**64:
         yield f"seed is {c.seed!r}, expected a whole number from 0 to 2**64 - 1"
