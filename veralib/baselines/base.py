@@ -1,0 +1,92 @@
+"""Attached: the one contract of every method that a run can train."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+Notes = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Attached:
+    """A model that one method has made trainable.
+
+    The run asks for nothing else: which parameters train, at which of the two rates, and how the result is written.
+    """
+
+    model: nn.Module
+    """What is called and trained: the model itself, or a wrapper around it."""
+    adapter: tuple[nn.Parameter, ...]
+    """Trained at lr. The parameters that the paper counts."""
+    head: tuple[nn.Parameter, ...]
+    """Trained at lr_head: a classification head, which the paper doesn't count."""
+    save: Callable[[Path, Notes], list[Path]]
+    """Writes the result into a folder, with free text beside it where the format has room; the files it wrote."""
+    load: Callable[[Path], None]
+    """Reads what save wrote back into the model."""
+
+    @property
+    def trainable(self) -> tuple[nn.Parameter, ...]:
+        """Every trained parameter, in a fixed order."""
+        return self.adapter + self.head
+
+    @property
+    def adapter_parameters(self) -> int:
+        """Trained numbers without the head."""
+        return sum(p.numel() for p in self.adapter)
+
+    @property
+    def head_parameters(self) -> int:
+        """Trained numbers of the head."""
+        return sum(p.numel() for p in self.head)
+
+    def parameter_groups(self, lr: float, lr_head: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+        """An optimiser's groups. The head's biases and norms (one dimension) don't decay; an adapter's vectors do."""
+        flat = [p for p in self.head if p.dim() < 2]
+        rest = [p for p in self.head if p.dim() >= 2]
+        groups = [
+            {"params": list(self.adapter), "lr": lr, "weight_decay": weight_decay},
+            {"params": rest, "lr": lr_head, "weight_decay": weight_decay},
+            {"params": flat, "lr": lr_head, "weight_decay": 0.0},
+        ]
+        return [g for g in groups if g["params"]]
+
+    def state(self) -> dict[str, Tensor]:
+        """The trained tensors by their place in `trainable`: a checkpoint's content, for every method alike."""
+        return {f"{i:05d}": p.detach() for i, p in enumerate(self.trainable)}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Writes state() back."""
+        for i, p in enumerate(self.trainable):
+            p.data.copy_(state[f"{i:05d}"])
+
+
+def freeze(model: nn.Module, but: tuple[str, ...] = ()) -> tuple[nn.Parameter, ...]:
+    """Freezes the model except the named modules; the parameters that stay trainable."""
+    left = []
+    for name, parameter in model.named_parameters():
+        keep = any(name == b or name.startswith(b + ".") for b in but)
+        parameter.requires_grad_(keep)
+        if keep:
+            left.append(parameter)
+    return tuple(left)
+
+
+def save_tensors(model: nn.Module, names: Callable[[str], bool], path: Path, notes: Notes) -> list[Path]:
+    """Writes the entries of model.state_dict() that `names` accepts to one safetensors file."""
+    from safetensors.torch import save_file
+
+    tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items() if names(k)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, path, metadata={**notes, "format": "pt"})
+    return [path]
+
+
+def load_tensors(model: nn.Module, path: Path) -> None:
+    """Reads save_tensors' file back into the model."""
+    from safetensors.torch import load_file
+
+    model.load_state_dict(load_file(path), strict=False)

@@ -1,0 +1,35 @@
+"""Full fine-tuning: every weight trains and every weight is saved."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from .base import Attached, Notes
+
+if TYPE_CHECKING:
+    from ..training.settings import Settings
+
+
+def attach_full(model: nn.Module, settings: "Settings", head: tuple[str, ...]) -> Attached:
+    """The model with everything trained; saved as transformers' save_pretrained writes it."""
+    adapter, rest = [], []
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(True)
+        in_head = any(name.startswith(h + ".") for h in head)
+        (rest if in_head else adapter).append(parameter)
+
+    def save(folder: Path, notes: Notes) -> list[Path]:
+        from ..training.loading import quiet_transformers
+
+        with quiet_transformers():
+            model.save_pretrained(folder)
+        return sorted(folder.glob("model*.safetensors"))
+
+    def load(folder: Path) -> None:
+        from safetensors.torch import load_file
+
+        for file in sorted(folder.glob("model*.safetensors")):
+            model.load_state_dict(load_file(file), strict=False)
+
+    return Attached(model, tuple(adapter), tuple(rest), save, load)

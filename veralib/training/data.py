@@ -1,0 +1,316 @@
+"""Rows of a data set, from files, folders or the hub. Files need nothing but Python; hub ids need `datasets`.
+
+csv has a header and quotes; tsv has a header and no quoting at all (GLUE's convention); jsonl has one object a line; txt is one
+document, for causal-lm. Each may be compressed (.gz, .xz). Every fault is a DataError that names the file and the line.
+"""
+
+import csv
+import gzip
+import hashlib
+import json
+import lzma
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from ..errors import DataError, nearest, need
+from .settings import Settings
+
+Row = Mapping[str, Any]
+KINDS = ("csv", "tsv", "jsonl", "json", "txt")
+VALIDATION_NAMES = ("validation", "valid", "val", "dev")
+
+
+@dataclass(frozen=True)
+class Data:
+    """The rows of one run. labels: a classification's names, in the order of their ids."""
+
+    train: Sequence[Row]
+    validation: Sequence[Row] | None
+    test: Sequence[Row] | None
+    labels: tuple[str, ...] = ()
+    hashes: Mapping[str, str] = field(default_factory=dict)
+    """split/file name -> SHA-256 of the file, or a hub data set's fingerprint."""
+
+
+def load_data(settings: Settings) -> Data:
+    """The rows that a run's settings name, checked: columns are there, nothing is empty, validation has no unseen labels."""
+    find = _local_splits(settings) or _hub_splits(settings)
+    train, hashes = find("train")
+    hashes = {f"train/{k}": v for k, v in hashes.items()}
+    held: dict[str, Sequence[Row] | None] = {"validation": None, "test": None}
+    for role in held:
+        wanted = getattr(settings, role)
+        if role == "validation" and settings.share is not None:
+            train, held[role] = _split_off(train, settings.share, settings.split_seed)
+        elif (found := find(role, wanted)) is not None:
+            held[role] = found[0]
+            hashes |= {f"{role}/{k}": v for k, v in found[1].items()}
+    labels = _check(settings, train, held)
+    return Data(train, held["validation"], held["test"], labels, hashes)
+
+
+def read_rows(path: str | Path, columns: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """The rows of one file, as dicts; `columns` names the fields of a csv or tsv file that has no header."""
+    path = Path(path)
+    kind = file_kind(path)
+    if kind is None:
+        raise DataError(f"{path} is of no known kind; expected one of {', '.join('.' + k for k in KINDS)} (also .gz, .xz)")
+    try:
+        with _open(path) as f:
+            rows = list(_READERS[kind](f, path, tuple(columns)))
+    except OSError as e:
+        raise DataError(f"can't read {path}: {e.strerror or e}") from e
+    except (UnicodeDecodeError, lzma.LZMAError, EOFError) as e:
+        raise DataError(f"{path} isn't UTF-8 text, or its compression is damaged: {e}") from e
+    if not rows:
+        raise DataError(f"{path} is empty: it holds no rows{'' if kind == 'txt' or columns else ' after the header'}")
+    return rows
+
+
+def file_kind(path: str | Path) -> str | None:
+    """csv, tsv, jsonl, json or txt by the file's name, .gz and .xz aside; None for anything else."""
+    parts = Path(path).name.lower().split(".")
+    if parts[-1] in ("gz", "xz"):
+        parts = parts[:-1]
+    kind = parts[-1] if len(parts) > 1 else ""
+    kind = {"text": "txt", "ndjson": "jsonl"}.get(kind, kind)
+    return kind if kind in KINDS else None
+
+
+def sha256_file(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, as hexadecimal text."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def column_values(rows: Sequence[Row], column: str, where: str) -> list[Any]:
+    """One column of all rows; DataError names the columns there are, or the first row without a value."""
+    if column not in rows[0]:
+        there = list(rows[0])
+        raise DataError(
+            f'{where} has no column "{column}".{nearest(column, there)} Columns there: {", ".join(map(str, there))}. '
+            "Name yours with text and label, or with columns where the file has no header."
+        )
+    for number, row in enumerate(rows, 1):
+        if row.get(column) is None:
+            raise DataError(f'row {number} of {where} has nothing in column "{column}"')
+    return [row[column] for row in rows]
+
+
+def _open(path: Path) -> IO[str]:
+    opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix.lower(), open)
+    # utf-8-sig: MRPC's files begin with a byte order mark. newline: a lone \r is text, and csv wants line ends untouched.
+    return opener(path, "rt", encoding="utf-8-sig", newline="" if file_kind(path) == "csv" else "\n")  # type: ignore[operator]
+
+
+def _read_csv(f: IO[str], path: Path, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.reader(f)
+    yield from _named(((reader.line_num, fields) for fields in reader if fields), path, columns)
+
+
+def _read_tsv(f: IO[str], path: Path, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    lines = ((n, line.rstrip("\r\n")) for n, line in enumerate(f, 1))
+    yield from _named(((n, line.split("\t")) for n, line in lines if line), path, columns)
+
+
+def _named(lines: Iterable[tuple[int, list[str]]], path: Path, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    names: Sequence[str] = columns
+    for number, fields in lines:
+        if not names:
+            names = [name.strip() for name in fields]
+            continue
+        if len(fields) != len(names):
+            hint = "" if columns else " Has the file a header? Name its columns with columns if it hasn't."
+            raise DataError(f"{path}, line {number} has {len(fields)} fields, expected {len(names)}: {', '.join(names)}.{hint}")
+        yield dict(zip(names, fields, strict=True))
+
+
+def _read_jsonl(f: IO[str], path: Path, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(f, 1):
+        if line.strip():
+            yield _object(_json(line, f"{path}, line {number}"), f"{path}, line {number}")
+
+
+def _read_json(f: IO[str], path: Path, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    value = _json(f.read(), str(path))
+    if not isinstance(value, list):
+        raise DataError(f"{path} holds a {type(value).__name__}, expected a list of objects")
+    for number, item in enumerate(value, 1):
+        yield _object(item, f"{path}, item {number}")
+
+
+def _json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as e:
+        raise DataError(f"{where} is no JSON: {e.msg} at character {e.pos}") from e
+
+
+def _object(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise DataError(f"{where} is a {type(value).__name__}, expected an object with a field for each column")
+    return value
+
+
+def _read_txt(f: IO[str], path: Path, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    text = f.read()
+    if text.strip():
+        yield {"text": text}
+
+
+_READERS = {"csv": _read_csv, "tsv": _read_tsv, "jsonl": _read_jsonl, "json": _read_json, "txt": _read_txt}
+
+
+def _local_splits(settings: Settings):
+    """A function (role, wanted=None) -> (rows, hashes) over local files, or None where `data` is no local path."""
+    paths = [Path(p).expanduser() for p in settings.data]
+    folder = paths[0] if len(paths) == 1 and paths[0].is_dir() else None
+    if folder is None:
+        if len(paths) == 1 and not paths[0].exists() and file_kind(paths[0]) is None and not _pathlike(settings.data[0]):
+            return None
+        for path in paths:
+            if not path.is_file():
+                raise DataError(f"there is no data file {path} (now in {Path.cwd()})")
+
+    def split_file(name: str) -> Path | None:
+        assert folder is not None
+        found = [p for p in sorted(folder.iterdir()) if file_kind(p) and p.name.split(".")[0] == name]
+        if len(found) > 1:
+            raise DataError(f"{folder} has {len(found)} files for split {name}: {', '.join(p.name for p in found)}; name one")
+        return found[0] if found else None
+
+    def read(files: Sequence[Path]):
+        rows = [row for file in files for row in read_rows(file, settings.columns)]
+        return rows, {file.name: sha256_file(file) for file in files}
+
+    def find(role: str, wanted: str | None = None):
+        if role == "train":
+            if folder is None:
+                return read(paths)
+            file = split_file(settings.split)
+            if file is None:
+                there = ", ".join(sorted(p.name for p in folder.iterdir())[:12]) or "nothing"
+                raise DataError(f"{folder} has no file {settings.split}.csv, .tsv, .jsonl or .txt. There: {there}.")
+            return read([file])
+        if wanted is None:
+            names = VALIDATION_NAMES if role == "validation" and folder else ()
+            file = next((f for name in names if (f := split_file(name))), None)
+            return read([file]) if file else None
+        if Path(wanted).is_file():
+            return read([Path(wanted)])
+        if folder and (file := split_file(wanted)):
+            return read([file])
+        raise DataError(f"{role} is {wanted!r}: there is no such file" + (f", and no such split in {folder}" if folder else ""))
+
+    return find
+
+
+def _pathlike(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
+
+
+def _hub_splits(settings: Settings):
+    """The same over a hub data set, by the package datasets."""
+    name = settings.data[0]
+    try:
+        import datasets
+    except ImportError as e:
+        raise need("datasets", "data", f'Training data by hub id ("{name}", which is no file or folder here)') from e
+    try:
+        whole = datasets.load_dataset(name, settings.data_config)
+    except Exception as e:  # datasets raises a dozen kinds, and the network's
+        raise DataError(f'can\'t load "{name}": it is no file or folder here, and as a hub data set: {e}') from e
+
+    def rows_of(split: str):
+        part = whole[split]
+        rows = part.to_list()
+        for column, feature in part.features.items():  # class ids to names, so that labels mean something
+            if isinstance(feature, datasets.ClassLabel):
+                for row in rows:
+                    row[column] = feature.int2str(row[column]) if row[column] is not None and row[column] >= 0 else None
+        return rows, {split: part._fingerprint}
+
+    def find(role: str, wanted: str | None = None):
+        if role != "train" and wanted is None:
+            wanted = next((n for n in VALIDATION_NAMES if n in whole), None) if role == "validation" else None
+            return rows_of(wanted) if wanted else None
+        split = settings.split if role == "train" else str(wanted)
+        if role != "train" and Path(split).is_file():
+            return read_rows(split, settings.columns), {Path(split).name: sha256_file(split)}
+        if split not in whole:
+            raise DataError(f'"{name}" has no split "{split}".{nearest(split, whole)} There: {", ".join(whole)}.')
+        return rows_of(split)
+
+    return find
+
+
+def _split_off(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
+    """(train, validation): the share of the rows that a seeded shuffle picks; both keep the file's order."""
+    count = round(len(rows) * share)
+    if not 0 < count < len(rows):
+        raise DataError(
+            f"validation is {share:g} of {len(rows)} rows, which leaves {count} to validate and {len(rows) - count} to train"
+        )
+    picked = set(random.Random(seed).sample(range(len(rows)), count))
+    return [r for i, r in enumerate(rows) if i not in picked], [r for i, r in enumerate(rows) if i in picked]
+
+
+def _check(settings: Settings, train: Sequence[Row], held: Mapping[str, Sequence[Row] | None]) -> tuple[str, ...]:
+    """The labels of a classification, in order, after every split has been looked at."""
+    for role, rows in (("train", train), *held.items()):
+        if rows is None:
+            continue
+        if not rows:
+            raise DataError(f"the {role} data are empty: {', '.join(settings.data)}")
+        for column in settings.text_columns:
+            column_values(rows, column, f"the {role} data")
+    if settings.task == "regression":
+        for role, rows in (("train", train), *held.items()):
+            numbers(column_values(rows, settings.label, f"the {role} data"), role) if rows else None
+    if settings.task != "classification":
+        return ()
+    labels = _ordered({str(v) for v in column_values(train, settings.label, "the train data")})
+    if len(labels) < 2:
+        raise DataError(f'column "{settings.label}" of the train data holds one label alone, "{labels[0]}"; expected two or more')
+    if len(labels) > 1000 and len(labels) > len(train) / 2:
+        raise DataError(
+            f'column "{settings.label}" of the train data holds {len(labels)} labels in {len(train)} rows: is it the label column?'
+        )
+    for role, rows in held.items():
+        label_ids(column_values(rows, settings.label, f"the {role} data"), labels, f"the {role} data") if rows else None
+    return labels
+
+
+def numbers(values: Sequence[Any], role: str) -> list[float]:
+    """The values as floats; DataError names the first that is none."""
+    out = []
+    for number, value in enumerate(values, 1):
+        try:
+            out.append(float(value))
+        except (TypeError, ValueError) as e:
+            raise DataError(f"row {number} of the {role} data has label {value!r}, and regression needs a number") from e
+    return out
+
+
+def label_ids(values: Sequence[Any], labels: Sequence[str], where: str) -> list[int]:
+    """Each label's id; DataError lists the labels that training has never seen."""
+    ids = {label: i for i, label in enumerate(labels)}
+    unseen = sorted({str(v) for v in values} - set(ids))
+    if unseen:
+        shown = ", ".join(f'"{u}"' for u in unseen[:5])
+        known = ", ".join(f'"{k}"' for k in labels[:12])
+        raise DataError(
+            f"{where} has labels that training has never seen: {shown}. Known: {known}. Fix the data, or the columns."
+        )
+    return [ids[str(v)] for v in values]
+
+
+def _ordered(labels: set[str]) -> tuple[str, ...]:
+    """Sorted, as numbers where all of them are whole numbers: "10" comes after "9"."""
+    if all(label.lstrip("-").isdecimal() for label in labels):
+        return tuple(sorted(labels, key=int))
+    return tuple(sorted(labels))

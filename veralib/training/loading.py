@@ -1,0 +1,114 @@
+"""The base model and its tokenizer for one run, and which of its modules are the head."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..errors import ConfigError, need
+from .settings import Settings
+
+
+@dataclass(frozen=True)
+class Base:
+    """A loaded base model. head: modules trained in full, a classification head and whatever the checkpoint lacks."""
+
+    model: Any
+    tokenizer: Any
+    head: tuple[str, ...]
+    max_length: int
+
+
+def load_base(settings: Settings, labels: Sequence[str] = ()) -> Base:
+    """The model and tokenizer that a run's settings name; the caller has set the seed, which a new head starts from.
+
+    Errors: ConfigError where the model can't be loaded, with the hub's or transformers' reason.
+    """
+    import torch
+    import transformers
+
+    classifies = settings.task in ("classification", "regression")
+    auto = transformers.AutoModelForSequenceClassification if classifies else transformers.AutoModelForCausalLM
+    # "auto" would take the type of the checkpoint: Adam on fp16 weights of a head underflows.
+    options: dict[str, Any] = {"dtype": settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)}
+    if settings.revision:
+        options["revision"] = settings.revision
+    if classifies:
+        options["num_labels"] = 1 if settings.task == "regression" else len(labels)
+        if settings.task == "regression":
+            options["problem_type"] = "regression"
+        else:
+            options["problem_type"] = "single_label_classification"
+            options["id2label"] = dict(enumerate(labels))
+            options["label2id"] = {label: i for i, label in enumerate(labels)}
+    if settings.quantise:
+        options["quantization_config"] = _quantisation(settings)
+    check_model_name(settings.model)
+    with quiet_transformers():
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(settings.model, revision=settings.revision)
+            model, info = auto.from_pretrained(settings.model, output_loading_info=True, **options)
+        except (OSError, ValueError, KeyError, ImportError, RuntimeError) as e:
+            raise ConfigError(f'can\'t load the model "{settings.model}" for {settings.task}: {e}') from e
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    positions = getattr(model.config, "max_position_embeddings", None) or settings.max_length
+    longest = min(settings.max_length, tokenizer.model_max_length, positions)
+    return Base(model, tokenizer, head_modules(model, info["missing_keys"]) if classifies else (), longest)
+
+
+def head_modules(model: nn.Module, missing: Sequence[str] = ()) -> tuple[str, ...]:
+    """The modules outside the base of a model with a task head, and those inside it that the checkpoint had no weights for."""
+    prefix = getattr(model, "base_model_prefix", "")
+    names = [n for n, child in model.named_children() if n != prefix and any(True for _ in child.parameters())]
+    for key in missing:
+        module = key.rpartition(".")[0]
+        if module and not any(module == n or module.startswith(n + ".") for n in names):
+            names.append(module)
+    return tuple(dict.fromkeys(names))
+
+
+def check_model_name(name: str) -> None:
+    """ConfigError where a name can only be a folder and isn't there: transformers would ask the hub for it."""
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if looks_local and not Path(name).expanduser().is_dir():
+        raise ConfigError(f"there is no model folder {name}")
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise ConfigError(f"the folder {name} holds no config.json, so it is no transformers model")
+
+
+def _quantisation(settings: Settings) -> Any:
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as e:
+        raise need("bitsandbytes", "quantised", f"quantise: {settings.quantise}") from e
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    if settings.quantise == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    compute = torch.float32 if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
+    )
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """transformers' own errors alone, without its progress bars and its report of a head that is new on purpose."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

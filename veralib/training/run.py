@@ -1,0 +1,295 @@
+"""train: one run from settings to an adapter file, result.json and a plot. On transformers' Trainer."""
+
+import contextlib
+import json
+import shutil
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ConfigError, StateError, need
+from .data import Data, load_data
+from .result import Result, commit, draw_plot, hardware, load_result, peak_memory, reset_peak_memory, versions
+from .settings import Settings
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+# Settings that may differ between the parts of one interrupted run.
+FREE = {"output", "resume", "plot", "keep_checkpoints"}
+
+
+def train(settings: Settings, callbacks: Sequence[Any] = ()) -> Result:
+    """Trains one adapter as the settings say and writes it to settings.output.
+
+    There: adapter_model.safetensors (VeRA, LoRA; head.safetensors, model.safetensors for head and full), result.json,
+    plot.png. A run that was killed goes on from its last checkpoint; on one process and the same machine it ends with the
+    same bits as an uninterrupted one. callbacks: transformers' TrainerCallback objects.
+
+    Errors: ConfigError, DataError; StateError where the folder holds a finished run, or an interrupted one of other settings.
+    """
+    try:
+        import transformers
+    except ImportError as e:
+        raise need("transformers", "cli", "Training") from e
+    from ..baselines import METHODS
+    from .loading import load_base
+    from .metrics import metrics_of
+    from .tokens import chat_template, collator, encode
+    from .trainer import AdapterTrainer, delete_broken, last_checkpoint, write_json
+
+    started = time.perf_counter()
+    reset_peak_memory()
+    folder, checkpoints = Path(settings.output), Path(settings.output) / "checkpoints"
+    _check_output(settings, folder)
+    data = load_data(settings)
+    if data.validation is None and (settings.best or settings.patience):
+        raise ConfigError("best and patience need validation data: name a file, a split, or a share such as 0.1")
+    args = _arguments(settings, data, checkpoints)
+    with args.main_process_first():  # the others must see the folder as the first leaves it
+        resumed = _open_run(settings, folder, data, write_json) if args.process_index == 0 else _count(folder)
+        if args.process_index == 0:
+            delete_broken(checkpoints)
+        found = last_checkpoint(checkpoints)
+
+    transformers.set_seed(settings.seed)
+    base = load_base(settings, data.labels)
+    chat_template(settings, base.tokenizer)
+    attached = METHODS[settings.method](base.model, settings, base.head)
+    splits = {"train": data.train, "validation": data.validation, "test": data.test}
+    sets = {
+        name: encode(rows, base.tokenizer, settings, data.labels, base.max_length, f"the {name} data") if rows else None
+        for name, rows in splits.items()
+    }
+    for name in ("validation", "test"):  # rows of like length together: half the padding; the metrics don't see the order
+        if sets[name]:
+            sets[name] = sorted(sets[name], key=lambda row: len(row["input_ids"]))  # type: ignore[type-var]
+
+    compute, preprocess = metrics_of(settings.task)
+    with _quiet(settings):
+        trainer = AdapterTrainer(
+            attached,
+            settings,
+            elapsed=found[1]["seconds"] if found else 0.0,
+            args=args,
+            train_dataset=sets["train"],
+            eval_dataset=sets["validation"],
+            data_collator=collator(base.tokenizer.pad_token_id or 0),
+            compute_metrics=compute,
+            preprocess_logits_for_metrics=preprocess,
+            callbacks=[*([_Patience(settings)] if settings.patience else []), *callbacks],
+        )
+        trainer.remove_callback(transformers.PrinterCallback)
+        if found and found[1]["stop"]:  # it was killed after its last step: nothing is left to train
+            _restore_end(trainer, found[0])
+            train_seconds = found[1]["seconds"]
+        else:
+            trainer.train(resume_from_checkpoint=str(found[0]) if found else None)
+            train_seconds = trainer.train_seconds()
+        metrics = _final_metrics(trainer, sets)
+
+    result = None
+    if trainer.is_world_process_zero():
+        files = attached.save(folder, _notes(settings, data, metrics))
+        steps = trainer.state.global_step
+        result = Result(
+            method=settings.method,
+            settings=settings.to_dict(),
+            seed=settings.seed,
+            metrics=metrics,
+            labels=data.labels,
+            rows={name: len(rows) for name, rows in splits.items() if rows},
+            steps=steps,
+            seconds=time.perf_counter() - started + (found[1]["seconds"] if found else 0.0),
+            train_seconds=train_seconds,
+            seconds_per_step=train_seconds / max(steps, 1),
+            peak_memory_bytes=peak_memory(),
+            trainable_parameters=attached.adapter_parameters + attached.head_parameters,
+            adapter_parameters=attached.adapter_parameters,
+            head_parameters=attached.head_parameters,
+            adapter_bytes=sum(f.stat().st_size for f in files),
+            files=[f.name for f in files],
+            data=data.hashes,
+            versions=versions(),
+            commit=commit(),
+            hardware=hardware(),
+            history=trainer.state.log_history,
+            resumed=resumed,
+            output=str(folder),
+        )
+        if settings.plot:
+            draw_plot(result, folder / "plot.png", settings.resolved_metric)
+        write_json(folder / "result.json", result.to_dict())  # last: from here on the run counts as finished
+        if not settings.keep_checkpoints:
+            shutil.rmtree(checkpoints, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+    return result or load_result(folder)
+
+
+def _check_output(settings: Settings, folder: Path) -> None:
+    """Refuses what would only fail after the training."""
+    if (folder / "result.json").exists() and settings.resume is not False:
+        raise StateError(
+            f"{folder} holds a finished run. Name another output folder, or start anew with resume: no (--no-resume)."
+        )
+    if settings.plot:
+        try:
+            import matplotlib  # noqa: F401
+        except ImportError as e:
+            raise need("matplotlib", "cli", "plot.png (or set plot: no)") from e
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink(missing_ok=True)
+    except OSError as e:
+        raise ConfigError(f"can't write to the output folder {folder}: {e.strerror or e}") from e
+
+
+def _open_run(settings: Settings, folder: Path, data: Data, write_json: Any) -> int:
+    """Marks the folder as this run's; how often the run was interrupted before. StateError where it is another's."""
+    mark = folder / "run.json"
+    mine = {"settings": {k: v for k, v in settings.to_dict().items() if k not in FREE}, "data": dict(data.hashes)}
+    resumed = 0
+    if settings.resume is False:
+        for name in ("result.json", "run.json"):
+            (folder / name).unlink(missing_ok=True)
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    elif mark.exists():
+        try:
+            old = json.loads(mark.read_text(encoding="utf-8"))
+        except ValueError:
+            old = {"settings": {}, "data": {}}
+        changed = [
+            f"{part}: {k} was {old[part].get(k)!r}, now {mine[part].get(k)!r}"
+            for part in ("settings", "data")
+            for k in sorted({*old[part], *mine[part]})
+            if old[part].get(k) != mine[part].get(k)
+        ]
+        if changed:
+            raise StateError(
+                f"{folder} holds an interrupted run of other settings or data; start anew with resume: no (--no-resume), or name "
+                "another output folder. Different: " + "; ".join(changed[:8])
+            )
+        resumed = int(old.get("resumed", 0)) + 1
+    elif settings.resume:
+        raise StateError(f"resume: {folder} holds no interrupted run")
+    write_json(mark, {**mine, "resumed": resumed})
+    return resumed
+
+
+def _count(folder: Path) -> int:
+    return int(json.loads((folder / "run.json").read_text(encoding="utf-8")).get("resumed", 0))
+
+
+def _arguments(settings: Settings, data: Data, checkpoints: Path) -> "TrainingArguments":
+    """transformers' TrainingArguments for these settings; ConfigError where it refuses them."""
+    from transformers import TrainingArguments
+
+    def every(kind: str, value: Any) -> dict[str, Any]:
+        if value == "never" or (kind == "eval" and data.validation is None):
+            return {f"{kind}_strategy": "no"}
+        return {f"{kind}_strategy": "epoch"} if value == "epoch" else {f"{kind}_strategy": "steps", f"{kind}_steps": value}
+
+    from .metrics import LOWER_IS_BETTER, METRICS
+
+    metric = settings.resolved_metric
+    if metric not in METRICS[settings.task]:
+        from ..errors import unknown_text
+
+        raise ConfigError(unknown_text(f"metric of {settings.task}", metric, METRICS[settings.task]))
+    fields: dict[str, Any] = {
+        "output_dir": str(checkpoints.resolve()),
+        "num_train_epochs": settings.epochs,
+        "per_device_train_batch_size": settings.batch_size,
+        "per_device_eval_batch_size": max(settings.batch_size, 32)
+        if settings.task in ("classification", "regression")
+        else settings.batch_size,
+        "gradient_accumulation_steps": settings.accumulation,
+        "learning_rate": settings.resolved_lr,
+        "weight_decay": settings.weight_decay,
+        "lr_scheduler_type": settings.schedule,
+        "warmup_steps": settings.warmup,
+        "seed": settings.seed,
+        "load_best_model_at_end": settings.best,
+        "metric_for_best_model": metric if data.validation is not None else None,
+        "greater_is_better": metric not in LOWER_IS_BETTER,
+        "remove_unused_columns": False,
+        "logging_steps": 0.02,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "label_names": ["labels"],
+        **every("eval", settings.evaluate_every),
+        **every("save", settings.save_every),
+        **settings.training,
+    }
+    try:
+        return TrainingArguments(**fields)
+    except (ValueError, TypeError, ImportError) as e:
+        raise ConfigError(f"transformers refuses these training settings: {e}") from e
+
+
+def _patience_left(history: Sequence[dict[str, float]], metric: str, lower: bool, patience: int) -> bool:
+    """Whether one of the last `patience` evaluations was better than all before them."""
+    values = [h[f"eval_{metric}"] * (-1 if lower else 1) for h in history if f"eval_{metric}" in h]
+    return len(values) <= patience or max(values[-patience:]) > max(values[:-patience])
+
+
+def _Patience(settings: Settings) -> Any:
+    """Early stopping that reads the log alone, so an interrupted run stops where an uninterrupted one does."""
+    from transformers import TrainerCallback
+
+    from .metrics import LOWER_IS_BETTER
+
+    metric = settings.resolved_metric
+
+    class Patience(TrainerCallback):
+        def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if not _patience_left(state.log_history, metric, metric in LOWER_IS_BETTER, settings.patience or 1):
+                control.should_training_stop = True
+
+    return Patience()
+
+
+def _restore_end(trainer: Any, checkpoint: Path) -> None:
+    from transformers import TrainerState
+
+    trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    best = trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint
+    trainer._load_from_checkpoint(best or str(checkpoint))
+
+
+def _final_metrics(trainer: Any, sets: dict[str, Any]) -> dict[str, float]:
+    """The kept weights' scores: from the log where they were evaluated already."""
+    metrics: dict[str, float] = {}
+    state = trainer.state
+    if sets["validation"]:
+        best = trainer.args.load_best_model_at_end and state.best_global_step
+        kept = best or state.global_step
+        logged = [h for h in state.log_history if h["step"] == kept and any(k.startswith("eval_") for k in h)]
+        metrics |= logged[-1] if logged else trainer.evaluate()
+    if sets["test"]:
+        metrics |= trainer.evaluate(sets["test"], metric_key_prefix="test")
+    speed = ("_runtime", "_per_second", "_time")
+    return {k: v for k, v in metrics.items() if k.startswith(("eval_", "test_")) and not k.endswith(speed)}
+
+
+def _notes(settings: Settings, data: Data, metrics: dict[str, float]) -> dict[str, str]:
+    """What travels in the adapter file: enough to predict with it."""
+    return {
+        "task": settings.task,
+        "text": json.dumps(settings.text_columns),
+        "labels": json.dumps(list(data.labels), ensure_ascii=False),
+        "max_length": str(settings.max_length),
+        "metrics": json.dumps(metrics),
+    }
+
+
+@contextlib.contextmanager
+def _quiet(settings: Settings) -> Iterator[None]:
+    """Without PyTorch's and Trainer's remarks on things that are as they should be here."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*pin_memory.*")
+        yield
