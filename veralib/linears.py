@@ -29,13 +29,23 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether it is a linear that veralib knows."""
+    """Whether it is nn.Linear, a subclass of it, or Conv1D."""
     return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
-def is_never_called(module: nn.Module) -> bool:
-    """Whether its forward is never run: MultiheadAttention reads out_proj's weight and skips the module."""
-    return isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
+def unfit(module: nn.Module) -> str:
+    """Why a linear can't carry an adapter, as the end of a sentence; "" for all that can."""
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return (
+            "the out_proj of torch's MultiheadAttention, which reads its weight and never calls it, so an adapter there "
+            "would do nothing"
+        )
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin):
+        return "uninitialised: run the model once before attaching"
+    owner = _forward_owner(type(module))
+    if owner.__module__.startswith("transformers.models.") and owner not in _plain_classes():
+        return f"a {owner.__name__}, whose forward is more than x W0ᵀ (a router, or a product by groups)"
+    return ""
 
 
 def shape(module: nn.Module) -> tuple[int, int]:
@@ -70,12 +80,13 @@ def _is_dtensor(weight: Tensor) -> bool:
 def dense_weight(module: nn.Module) -> Tensor | None:
     """W0 as an (m, n) view for our own matmul, or None where only the base's own forward may use it.
 
-    None where it is quantised, sharded (DTensor), offloaded (meta), parametrised, or trained itself. Called in every
-    forward: below half a microsecond (Conv1D, whose weight is transposed: 3).
+    None where it is quantised, sharded (DTensor), offloaded (meta), parametrised, or trained itself, and where the class
+    has a forward of its own. Called in every forward: half a microsecond (Conv1D, whose weight is transposed: 3).
     """
     weight = module._parameters.get("weight")
     if (
         type(weight) not in _PLAIN_TENSORS
+        or not computes_plainly(module)
         or weight.requires_grad  # type: ignore[union-attr]
         or weight.dtype not in _MATMUL_DTYPES  # type: ignore[union-attr]
         or weight.is_meta  # type: ignore[union-attr]
@@ -84,15 +95,27 @@ def dense_weight(module: nn.Module) -> Tensor | None:
     return weight if isinstance(module, nn.Linear) else weight.t()  # type: ignore[union-attr]
 
 
-def computes_plainly(module: nn.Module) -> bool:
-    """Whether its forward is x W0ᵀ + bias and nothing else, so that a matmul of ours can stand in for it.
+def _forward_owner(cls: type) -> type:
+    """The class whose forward a linear runs, below the class that attach puts over it."""
+    return next(c for c in cls.__mro__ if "forward" in vars(c) and not c.__module__.startswith("veralib."))
 
-    False for subclasses with a forward of their own. To ask before attach changes the class.
-    """
-    if is_conv1d(module):
-        return type(module).forward is sys.modules["transformers.pytorch_utils"].Conv1D.forward
-    # Falcon's subclass writes the same product by hand.
-    return type(module).forward is nn.Linear.forward or type(module).__name__ == "FalconLinear"
+
+def _plain_classes() -> tuple[type, ...]:
+    """Classes whose forward is x W0ᵀ + bias and nothing else, so that a matmul of ours can stand in for it."""
+    falcon = getattr(sys.modules.get("transformers.models.falcon.modeling_falcon"), "FalconLinear", nn.Linear)
+    return nn.Linear, falcon, getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", nn.Linear)
+
+
+_plain: dict[type, bool] = {}
+
+
+def computes_plainly(module: nn.Module) -> bool:
+    """Whether its forward is x W0ᵀ + bias and nothing else; False for subclasses with a forward of their own."""
+    cls = type(module)
+    known = _plain.get(cls)
+    if known is None:
+        known = _plain[cls] = _forward_owner(cls) in _plain_classes()
+    return known
 
 
 def _bnb(module: nn.Module) -> Any:

@@ -11,7 +11,7 @@ from torch import nn
 from .config import VeraConfig, rank_of
 from .errors import ConfigError, VeraWarning, nearest, unknown_text
 from .fused import Parts, Rows, part_rows, parts
-from .linears import is_linear, is_never_called, shape
+from .linears import is_linear, shape, unfit
 
 ALL_LINEAR = "all-linear"
 
@@ -88,9 +88,7 @@ def find_targets(model: nn.Module, config: VeraConfig) -> list[Target]:
         raise ConfigError("targets leave no linear to adapt: all of them lie within train_modules.")
     whole = {name for name, part in chosen if not part}
     if both := sorted(name for name, part in chosen if part and name in whole):
-        raise ConfigError(
-            f'targets name "{both[0]}" both whole and in parts; an output row has one b. Leave one of the two out.'
-        )
+        raise ConfigError(f'targets name "{both[0]}" both whole and in parts; an output row has one b. Leave one of the two out.')
     if config.layers is not None:
         chosen = _in_layers(chosen, config.layers)
     return [_target(view, name, part, config) for name, part in sorted(chosen, key=view.order)]
@@ -132,7 +130,7 @@ class _View:
         # Endings are matched against every name of a module, the unit is called after the first.
         first = {id(module): name for name, module in self.modules.items()}
         self.names = {name: first[id(m)] for name, m in model.named_modules(remove_duplicate=False)}
-        self.linears = {name: m for name, m in self.modules.items() if is_linear(m) and not is_never_called(m)}
+        self.linears = {name: m for name, m in self.modules.items() if is_linear(m) and not unfit(m)}
         self.trained = {self.names[n] for n in self.names if any(_within(n, t) for t in train_modules)}
         self.heads = _heads(model, self)
         self._order = {name: i for i, name in enumerate(self.modules)}
@@ -209,11 +207,8 @@ class _View:
             return f'target "{target}" matches no module.{close} The linears\' names end in {_quoted(self.endings)}.'
         name = min(matched, key=lambda n: self._order[n])
         module = self.modules[name]
-        if is_never_called(module):
-            return (
-                f'target "{name}" is the out_proj of torch\'s MultiheadAttention, which reads its weight and never '
-                f"calls it, so an adapter there would do nothing. Leave it out."
-            )
+        if is_linear(module):
+            return f'target "{name}" is {unfit(module)}. Leave it out.'
         inside = [n for n in self.linears if n.startswith(name + ".")]
         more = f" Linears inside it: {_quoted(n[len(name) + 1 :] for n in inside)}." if inside else ""
         return (
