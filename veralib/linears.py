@@ -310,18 +310,17 @@ def _hash_positions(m: int, n: int, conv1d: bool, device: torch.device) -> Tenso
     return torch.tensor(flat, dtype=torch.int64, device=device)
 
 
-@torch.no_grad()
 def weight_hash(module: nn.Module) -> str:
     """16 hex digits by which a base weight is known again; "" for a quantised, sharded or meta weight.
 
     SHA-256 over (m, n) and up to 64 entries at fixed places of W0, rounded to bf16, so a bf16 and an fp32 copy of one
-    checkpoint agree.
+    checkpoint agree. (An fp16 copy of an fp32 checkpoint doesn't always: fp32 rounded to fp16 first may fall on the
+    other side.)
     """
     weight = module._parameters.get("weight")
     if weight is None or not _is_plain(weight) or weight.is_meta or weight.dtype not in _MATMUL_DTYPES:
         return ""
     m, n = shape(module)
-    entries = weight.take(_hash_positions(m, n, is_conv1d(module), weight.device)).to(torch.bfloat16)
-    digest = hashlib.sha256(b"%d,%d:" % (m, n))
-    digest.update(entries.view(torch.int16).cpu().numpy().astype("<i2").tobytes())
-    return digest.hexdigest()[:16]
+    entries = weight.detach().take(_hash_positions(m, n, is_conv1d(module), weight.device)).bfloat16()
+    data = entries.view(torch.int16).cpu().numpy().astype("<i2", copy=False).tobytes()
+    return hashlib.sha256(b"%d,%d:" % (m, n) + data).hexdigest()[:16]

@@ -15,39 +15,33 @@ from .linears import is_linear, shape, unfit
 
 ALL_LINEAR = "all-linear"
 
-# Siblings that project to queries and values, by the last component of their names, in transformers' modeling files.
+# Siblings that project to queries and values, by the ends of their names in transformers' modeling files.
 QUERY_VALUE = (
     ("q_proj", "v_proj"),  # Llama and most decoders, BART, CLIP, Whisper, Wav2Vec2
     ("query", "value"),  # BERT, RoBERTa, ViT
     ("q_lin", "v_lin"),  # DistilBERT, XLM
     ("q", "v"),  # T5
     ("query_proj", "value_proj"),  # DeBERTa-v2 and v3
-    ("to_q", "to_v"),
+    ("to_q", "to_v"),  # Perceiver resamplers
+    ("to_q", "to_kv:v"),
     ("Wq", "Wv"),  # CTRL
     ("wq", "wv"),
     ("linear_q", "linear_v"),  # Conformers
     ("q_linear", "v_linear"),
+    ("q_head", "v_head"),  # Funnel
+    ("project_q", "project_v"),  # CPM-Ant
+    ("projection_query", "projection_value"),  # CvT
+    ("q_proj.linear", "v_proj.linear"),  # Moshi, Gemma 4's encoders
     ("q_b_proj", "kv_b_proj:v"),  # DeepSeek: latent attention
     ("q_proj", "kv_b_proj:v"),
+    ("q_b_proj", "kv_proj"),  # DeepSeek V4: the key is the value
     ("q_attn", "c_attn:v"),  # GPT-2's cross attention
-    ("to_q", "to_kv:v"),
 )
 
-# Output heads by name, where neither get_output_embeddings() nor base_model tells.
-HEADS = frozenset(
-    [
-        "lm_head",
-        "lm_heads",
-        "embed_out",
-        "classifier",
-        "classification_head",
-        "score",
-        "qa_outputs",
-        "cls",
-        "head",
-        "output_projection",
-    ]
-)
+# Output heads of models that don't say (get_output_embeddings, base_model): children of the model by these names.
+_HEAD_CHILDREN = {"classifier", "classification_head", "score", "qa_outputs", "cls", "head", "heads", "fc", "proj_out"}
+_HEAD_CHILDREN |= {"embed_out", "output_projection", "ctc_head"}
+_HEADS_ANYWHERE = {"lm_head", "lm_heads"}
 
 
 @dataclass(frozen=True)
@@ -85,7 +79,10 @@ def find_targets(model: nn.Module, config: VeraConfig) -> list[Target]:
     else:
         chosen = {unit for target in wanted for unit in view.by_name(target)}
     if not chosen:
-        raise ConfigError("targets leave no linear to adapt: all of them lie within train_modules.")
+        raise ConfigError(
+            f"targets leave no linear of {type(model).__name__} to adapt: what they name is an output head "
+            f"({_quoted(sorted(view.heads))}) or within train_modules ({_quoted(sorted(view.trained & set(view.linears)))})."
+        )
     whole = {name for name, part in chosen if not part}
     if both := sorted(name for name, part in chosen if part and name in whole):
         raise ConfigError(f'targets name "{both[0]}" both whole and in parts; an output row has one b. Leave one of the two out.')
@@ -105,14 +102,13 @@ def default_targets(model: nn.Module) -> tuple[str, ...]:
     for name in view.linears:
         if name not in names:
             continue
-        prefix, _, last = name.rpartition(".")
-        own = view.parts(name)
-        if "q" in own and "v" in own:
+        last = name.rpartition(".")[2]
+        if {"q", "v"} <= set(view.parts(name)):
             found |= dict.fromkeys((f"{last}:q", f"{last}:v"))
         for query, value in QUERY_VALUE:
             sibling, _, part = value.partition(":")
-            other = f"{prefix}.{sibling}" if prefix else sibling
-            if last == query and other in names and (not part or part in view.parts(other)):
+            other = name.removesuffix(query) + sibling
+            if _ends(name, query) and other in names and (not part or part in view.parts(other)):
                 found |= dict.fromkeys((query, value))
     if not found:
         raise ConfigError(
@@ -130,7 +126,7 @@ class _View:
         # Endings are matched against every name of a module, the unit is called after the first.
         first = {id(module): name for name, module in self.modules.items()}
         self.names = {name: first[id(m)] for name, m in model.named_modules(remove_duplicate=False)}
-        self.linears = {name: m for name, m in self.modules.items() if is_linear(m) and not unfit(m)}
+        self.linears = {name: m for name, m in self.modules.items() if name and is_linear(m) and not unfit(m)}
         self.trained = {self.names[n] for n in self.names if any(_within(n, t) for t in train_modules)}
         self.heads = _heads(model, self)
         self._order = {name: i for i, name in enumerate(self.modules)}
@@ -219,16 +215,24 @@ class _View:
 
 def _heads(model: nn.Module, view: _View) -> set[str]:
     """Names of linears that are, or lie within, an output head."""
-    heads = {name for name in view.linears if HEADS.intersection(name.split("."))}
+    heads = {n for n in view.linears if n.split(".")[0] in _HEAD_CHILDREN or _HEADS_ANYWHERE.intersection(n.split("."))}
     base = getattr(model, "base_model", model)
     if isinstance(base, nn.Module) and base is not model:
         inside = {id(m) for m in base.modules()}
-        heads |= {name for name, m in view.linears.items() if id(m) not in inside}
-    getter = getattr(model, "get_output_embeddings", None)
-    output = getter() if callable(getter) else None
-    if output is not None:
-        heads |= {name for name, m in view.linears.items() if m is output}
-    return heads
+        # A head beside the base model is a few layers; what holds a list of blocks is another tower.
+        towers = {n for n, child in model.named_children() if any(isinstance(m, nn.ModuleList) for m in child.modules())}
+        heads |= {n for n, m in view.linears.items() if id(m) not in inside and n.split(".")[0] not in towers}
+    outputs = {id(_output_embeddings(m)) for m in view.modules.values()}
+    return heads | {name for name, m in view.linears.items() if id(m) in outputs}
+
+
+def _output_embeddings(module: nn.Module) -> Any:
+    """What get_output_embeddings() says of a model or of a model within one; None where it has nothing to say."""
+    getter = getattr(module, "get_output_embeddings", None)
+    try:
+        return getter() if callable(getter) else None
+    except (NotImplementedError, AttributeError):
+        return None
 
 
 def _target(view: _View, name: str, part: str, config: VeraConfig) -> Target:
@@ -257,6 +261,9 @@ def _in_layers(chosen: set[tuple[str, str]], layers: tuple[int, ...]) -> set[tup
     return {unit for unit in chosen if layer_index(unit[0]) in layers}
 
 
+_NO_STACK = re.compile(r"pos|embed|conv|token|bias|norm|head|A_log")
+
+
 def _warn_of_experts(model: nn.Module, view: _View) -> None:
     """Says which stacks of matrices (mixture-of-experts weights as 3-D parameters) all-linear can't reach."""
     stacks: dict[str, list[int]] = {}
@@ -264,7 +271,7 @@ def _warn_of_experts(model: nn.Module, view: _View) -> None:
         if type(module).__module__.startswith("torch.nn") or name in view.trained:
             continue
         for key, p in module.named_parameters(name, recurse=False):
-            if p.dim() == 3 and min(p.shape) > 1:
+            if p.dim() == 3 and min(p.shape) > 1 and not _NO_STACK.search(key):
                 stacks.setdefault(re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", key), []).append(p.numel())
     if stacks:
         listed = ", ".join(f"{key} ({len(n)} of them, {sum(n):,} parameters)" for key, n in stacks.items())
