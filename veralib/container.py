@@ -11,7 +11,7 @@ import math
 import os
 import stat
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -205,10 +205,11 @@ def tensors(contents: Contents) -> dict[str, Tensor]:
     return out
 
 
-def write(file: str, metadata: Mapping[str, str], named: Mapping[str, Tensor]) -> None:
+def write(file: str, metadata: Mapping[str, str], named: Mapping[str, Tensor], check: Callable[[Contents], object]) -> None:
     """Writes the file, "checksum" added to the metadata: the whole file or, where that fails, nothing. AdapterFileError.
 
-    The same input gives the same bytes. Widest dtype first, then by name: so every tensor is aligned.
+    The same input gives the same bytes. Widest dtype first, then by name: so every tensor is aligned. check: raises where
+    it couldn't use what a reader of the file will see; the old file then stays.
     """
     if sys.byteorder != "little":
         raise AdapterFileError("adapter files are little-endian, and this machine isn't: use another one.")
@@ -224,6 +225,7 @@ def write(file: str, metadata: Mapping[str, str], named: Mapping[str, Tensor]) -
         table[name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": [entry.begin, entry.end]}
     header = canonical(table).encode()
     header += b" " * (-len(header) % 8)
+    check(Contents(file, *_parse_header(file, header, at), data, 8 + len(header) + at))
     with _replacing(file) as f:
         f.write(len(header).to_bytes(8, "little") + header)
         f.write(_bytes(data))

@@ -4,6 +4,7 @@ container.py knows tensors and bytes; here is what they mean, and every check th
 """
 
 import os
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -94,7 +95,7 @@ def save_adapter(adapter: Adapter, path: str | os.PathLike[str], dtype: torch.dt
     named = pairs | dict(rest)
     if len(named) != len(pairs) + len(rest):
         raise AdapterFileError(f"the adapter can't be saved to {file}: two of its tensors would have one name.")
-    write(str(file), _metadata(adapter), named)
+    write(str(file), _metadata(adapter), named, check=_decode)
     return file
 
 
@@ -105,7 +106,10 @@ def load_adapter(path: str | os.PathLike[str]) -> Adapter:
     of a newer format, with another A and B than this veralib grows, with NaN, or at odds with itself. Its tensors are
     views of one block of memory.
     """
-    contents = _open(path, with_data=True)
+    return _decode(_open(path, with_data=True))
+
+
+def _decode(contents: Contents) -> Adapter:
     found = checksum(contents.metadata, contents.entries, contents.data)
     if found != contents.metadata["checksum"]:
         raise AdapterFileError(
@@ -136,13 +140,15 @@ def _open(path: str | os.PathLike[str], with_data: bool) -> Contents:
     written = contents.metadata.get("vera_format")
     if written is None:
         raise AdapterFileError(_not_ours(contents))
-    if written != str(FORMAT_VERSION):
+    if re.fullmatch("[1-9][0-9]{0,8}", written) and int(written) > FORMAT_VERSION:
         raise AdapterFileError(
-            f"{file} is in adapter format {written}; this veralib ({library_version()}) reads format {FORMAT_VERSION}. "
+            f"{file} is in adapter format {written}; this {library_version()} reads formats up to {FORMAT_VERSION}. "
             "Upgrade: pip install -U veralib."
         )
+    if written != str(FORMAT_VERSION):
+        raise _broken(file, f"its adapter format is {written!r}, expected {FORMAT_VERSION}")
     if extra := contents.metadata.keys() ^ set(METADATA_KEYS):
-        raise _broken(file, f"its metadata lacks or adds {', '.join(sorted(extra))}")
+        raise _broken(file, f"its metadata lacks, or has too much, {', '.join(sorted(extra))}")
     return contents
 
 
@@ -154,7 +160,10 @@ def _missing(file: Path) -> AdapterFileError:
         names = sorted(os.listdir(folder))
     except OSError:
         names = []
-    return AdapterFileError(f"In {folder} {unknown_text('file', file.name, names)}")
+    text = f"In {folder} {unknown_text('file', file.name, names)}"
+    if "adapter_config.json" in names:
+        text += f" It looks like a folder of PEFT's: vera.load({str(folder)!r}) reads those, and vera convert converts them."
+    return AdapterFileError(text)
 
 
 def _not_ours(contents: Contents) -> str:
@@ -172,8 +181,7 @@ def _not_ours(contents: Contents) -> str:
 
 def _broken(file: Path | str, what: str) -> AdapterFileError:
     return AdapterFileError(
-        f"{file} can't be used: {what}. Its checksum is right, so it was written like this: save the adapter anew, "
-        "with a current veralib."
+        f"{file} can't be used: {what}. It is damaged, or other software wrote it: copy it again, or save it anew with veralib."
     )
 
 
