@@ -1,0 +1,94 @@
+"""Tiny models, tokenizers and data sets, made here: nothing is downloaded."""
+
+import json
+import random
+from pathlib import Path
+
+WORDS = "the a cat dog bird fish sees likes eats red blue big small house tree and not who did because".split()
+GOOD, BAD = ("likes", "red"), ("eats", "blue")
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} <end> {% endfor %}"
+    "{% if add_generation_prompt %}<assistant> {% endif %}"
+)
+
+
+def make_tokenizer(folder: Path, causal: bool):
+    """A word tokenizer, saved to the folder; BERT's specials, or <s> and </s> for a causal model."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    specials = ["<pad>", "<unk>", "<s>", "</s>"] if causal else ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    extra = ["<user>", "<assistant>", "<end>"]
+    vocabulary = {w: i for i, w in enumerate([*specials, *extra, *WORDS])}
+    raw = Tokenizer(models.WordLevel(vocabulary, unk_token=specials[1]))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    first, last = specials[2], specials[3]
+    raw.post_processor = processors.TemplateProcessing(
+        single=f"{first} $A" if causal else f"{first} $A {last}",
+        pair=None if causal else f"{first} $A {last} $B:1 {last}:1",
+        special_tokens=[(first, vocabulary[first]), (last, vocabulary[last])],
+    )
+    names = {"bos_token": first, "eos_token": last} if causal else {"cls_token": first, "sep_token": last}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw, pad_token=specials[0], unk_token=specials[1], model_max_length=64, **names
+    )
+    tokenizer.model_input_names = ["input_ids", "attention_mask"] + ([] if causal else ["token_type_ids"])
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def make_bert(folder: Path) -> Path:
+    """A saved two-layer BertModel without a head, as sentence encoders are."""
+    import torch
+    from transformers import BertConfig, BertModel
+
+    tokenizer = make_tokenizer(folder, causal=False)
+    torch.manual_seed(1)
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    config = BertConfig(vocab_size=len(tokenizer), max_position_embeddings=64, pad_token_id=0, **shape)
+    BertModel(config).save_pretrained(folder)
+    return folder
+
+
+def make_llama(folder: Path, template: bool = True) -> Path:
+    """A saved two-layer LlamaForCausalLM, with a chat template."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = make_tokenizer(folder, causal=True)
+    if template:
+        tokenizer.chat_template = CHAT_TEMPLATE
+        tokenizer.save_pretrained(folder)
+    torch.manual_seed(1)
+    shape = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 48,
+    }
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), max_position_embeddings=64, bos_token_id=2, eos_token_id=3, pad_token_id=0, **shape
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def sentences(count: int, seed: int = 0) -> list[dict[str, str]]:
+    """Rows whose label the words decide: "good" and "bad"."""
+    rng = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        label = rng.choice(["good", "bad"])
+        words = rng.choices(WORDS[:4] + WORDS[8:], k=rng.randrange(3, 9))
+        words.insert(rng.randrange(len(words)), rng.choice(GOOD if label == "good" else BAD))
+        rows.append(
+            {"text": " ".join(w for w in words if w in (GOOD if label == "good" else BAD) or w not in GOOD + BAD), "label": label}
+        )
+    return rows
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> Path:
+    """The rows as jsonl."""
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    return path
