@@ -82,9 +82,7 @@ def basis_bytes(
     return out
 
 
-def _rows_numpy(
-    seed: int, ids: tuple[int, int], i: tuple[int, int], j: tuple[int, int], device: torch.device
-) -> Tensor:
+def _rows_numpy(seed: int, ids: tuple[int, int], i: tuple[int, int], j: tuple[int, int], device: torch.device) -> Tensor:
     """Bytes of the rows i[0] to i[1] and the 16-byte blocks j[0] to j[1], on the CPU. ids: matrix, layer id."""
     ti, tj = np.arange(*i, dtype=np.int64)[:, None], np.arange(*j, dtype=np.int64)[None, :]
     matrix, layer_id = (np.full((1, 1), word, np.int64) for word in ids)
@@ -92,9 +90,7 @@ def _rows_numpy(
     return torch.from_numpy(words.astype("<u4").view(np.uint8).reshape(i[1] - i[0], -1))
 
 
-def _rows_torch(
-    seed: int, ids: tuple[int, int], i: tuple[int, int], j: tuple[int, int], device: torch.device
-) -> Tensor:
+def _rows_torch(seed: int, ids: tuple[int, int], i: tuple[int, int], j: tuple[int, int], device: torch.device) -> Tensor:
     """The same bytes, made on any device: the matrix needn't cross the bus."""
     ti, tj = torch.arange(*i, device=device)[:, None], torch.arange(*j, device=device)[None, :]
     matrix, layer_id = (torch.full_like(tj[:, :1], word) for word in ids)
@@ -278,9 +274,7 @@ def cache_bytes() -> int:
 _peft_pair_cached = lru_cache(maxsize=4)(peft_pair)
 
 
-def _block(
-    basis: Basis, matrix: int, rows: int, columns: int, device: torch.device | str, dtype: torch.dtype
-) -> Tensor:
+def _block(basis: Basis, matrix: int, rows: int, columns: int, device: torch.device | str, dtype: torch.dtype) -> Tensor:
     key = (basis, matrix, torch.device(device), dtype)
     whole = _cache.get(key)
     if whole is None or whole.shape[0] < rows or whole.shape[1] < columns:
