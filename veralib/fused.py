@@ -5,7 +5,7 @@ copied from the split in transformers' modeling file and held to it by tests/tes
 (gate, up; input, gate for ModernBERT's MLP) whatever the model calls them.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -22,15 +22,26 @@ def parts(name: str, module: nn.Module, model_config: Any = None) -> Parts:
     """{part: its rows of W0} of a fused linear, in the model's order; {} where it isn't fused or its layout unknown.
 
     name: the module's name; model_config: of the model it sits in, or of the whole one (nested ones are searched).
+    Where there is a model, parts_of knows which config counts.
     """
     rule = _RULES.get(name.rpartition(".")[2])
     if rule is None:
         return {}
     m, n = shape(module)
-    for config in _configs(model_config):
+    for config in _configs(model_config, name, n):
         if found := rule(name, m, n, config):
             return found
     return {}
+
+
+def parts_of(model: nn.Module, name: str) -> Parts:
+    """parts() of the linear `name`, by the config of the innermost module around it that has one."""
+    chain: list[Any] = [model]
+    for component in name.split("."):
+        chain.append(getattr(chain[-1], component))
+    configs = (getattr(module, "config", None) for module in reversed(chain[:-1]))
+    config = next((c for c in configs if hasattr(c, "model_type")), None)
+    return parts(name, chain[-1], config)
 
 
 def part_rows(rows: Rows) -> int:
@@ -38,12 +49,20 @@ def part_rows(rows: Rows) -> int:
     return rows.numel() if isinstance(rows, Tensor) else rows.stop - rows.start
 
 
-def _configs(config: Any) -> Iterator[Any]:
-    """The config and, below it, the configs of its parts (text, vision …), once each."""
-    yield config
-    for key in getattr(config, "sub_configs", None) or ():
-        if (sub := getattr(config, key, None)) is not None and not isinstance(sub, dict):
-            yield from _configs(sub)
+def _configs(config: Any, name: str, n: int) -> list[Any]:
+    """The config and all configs below it (text, vision …), the likeliest for this linear first: by width, by name."""
+    found = [("", config)]
+    for _, outer in found:  # grows while it is walked
+        for key in getattr(outer, "sub_configs", None) or ():
+            sub = getattr(outer, key, None)
+            if sub is not None and not isinstance(sub, dict):
+                found.append((key, sub))
+
+    def unlikely(entry: tuple[str, Any]) -> tuple[bool, bool]:
+        width = _get(entry[1], "hidden_size", "d_model", "n_embd", "embed_dim")
+        return bool(width) and width != n, entry[0][:3] not in name  # "vision_config", "visual.blocks.0.attn.qkv"
+
+    return [c for _, c in sorted(found, key=unlikely)]
 
 
 def _get(config: Any, *names: str) -> int:

@@ -10,7 +10,7 @@ from torch import nn
 
 from .config import VeraConfig, rank_of
 from .errors import ConfigError, VeraWarning, nearest, unknown_text
-from .fused import Parts, Rows, part_rows, parts
+from .fused import Parts, Rows, part_rows, parts_of
 from .linears import is_linear, shape, unfit
 
 ALL_LINEAR = "all-linear"
@@ -122,6 +122,7 @@ class _View:
     """The linears of a model by name, and what find_targets asks about them."""
 
     def __init__(self, model: nn.Module, train_modules: Iterable[str]) -> None:
+        self.model = model
         self.modules = dict(model.named_modules())
         # Endings are matched against every name of a module, the unit is called after the first.
         first = {id(module): name for name, module in self.modules.items()}
@@ -142,14 +143,8 @@ class _View:
         return self._order[name], list(self.parts(name)).index(part) if part else -1
 
     def parts(self, name: str) -> Parts:
-        """The parts of one linear, by the config of the innermost module around it that has one."""
         if name not in self._parts:
-            around, config = name, None
-            while around and config is None:
-                around = around.rpartition(".")[0]
-                config = getattr(self.modules[around], "config", None)
-                config = config if hasattr(config, "model_type") else None
-            self._parts[name] = parts(name, self.linears[name], config)
+            self._parts[name] = parts_of(self.model, name)
         return self._parts[name]
 
     def by_name(self, target: str) -> set[tuple[str, str]]:
@@ -223,7 +218,8 @@ def _heads(model: nn.Module, view: _View) -> set[str]:
         towers = {n for n, child in model.named_children() if any(isinstance(m, nn.ModuleList) for m in child.modules())}
         heads |= {n for n, m in view.linears.items() if id(m) not in inside and n.split(".")[0] not in towers}
     outputs = {id(_output_embeddings(m)) for m in view.modules.values()}
-    return heads | {name for name, m in view.linears.items() if id(m) in outputs}
+    tied = {id(m.weight) for m in view.modules.values() if isinstance(m, nn.Embedding)}
+    return heads | {n for n, m in view.linears.items() if id(m) in outputs or id(m.weight) in tied}
 
 
 def _output_embeddings(module: nn.Module) -> Any:
