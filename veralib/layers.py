@@ -125,40 +125,34 @@ class Site:
             h.requires_grad or any(m.trainable for bucket in buckets for g in bucket.groups for m in g.members)
         )
         out = h.reshape(rows, -1, self.m)
-        if not grad and (torch.is_grad_enabled() is False or not h.requires_grad):
-            out = out.clone() if h.is_inference() and not torch.is_inference_mode_enabled() else out
         for bucket in buckets:
-            out = self._add_bucket(out, x, bucket, rows, h.dtype, grad, module)
+            out = self._add_bucket(out, x, bucket, grad)
         for member in changed:
             mine = torch.tensor([m is member for m in selection.members], device=x.device)[:, None, None]
             out = torch.where(mine, out + _bias_change(module, member.biases[self.layer], x), out)
         return out.reshape(h.shape)
 
-    def _add_bucket(self, out, x, bucket: Bucket, rows: int, dtype, grad: bool, module) -> Tensor:
+    def _add_bucket(self, out: Tensor, x: Tensor, bucket: Bucket, grad: bool) -> Tensor:
+        """out (R, t, m) plus what a bucket's adapters add to their rows; in place where no gradient is asked for."""
         widest = bucket.widest
-        flat = self.runtime.cast(x, x, dtype).reshape(rows, -1, self.n)
+        flat = self.runtime.cast(x, x, out.dtype).reshape(out.shape[0], -1, self.n)
         u = self.runtime.rank_space(x, flat, widest, None if bucket.everyone else bucket.positions)
         d, b = stacked_vectors(bucket)
         y = MixedDelta.apply(u, d, b, bucket.index, widest.B(u))
-        if widest.rows is not None:
-            if not isinstance(widest.rows, slice):
-                whole = y.new_zeros(*y.shape[:-1], self.m)
-                y = whole.index_add(2, widest.rows.to(y.device), y)
-                target, out = out, out
-            elif grad:
-                out = out.clone()
-                target = out[:, :, widest.rows]
+        part = widest.rows
+        if isinstance(part, Tensor):  # an interleaved part: spread over all outputs
+            y = y.new_zeros(*y.shape[:-1], self.m).index_add(2, part.to(y.device), y)
+        elif part is not None:
+            out = out.clone() if grad else out
+            target = out[:, :, part]
+            if bucket.everyone:
+                target.add_(y)
             else:
-                target = out[:, :, widest.rows]
-        else:
-            target = out
-        if target is out and grad:
+                target.index_add_(0, bucket.positions, y)
+            return out
+        if grad:
             return out + y if bucket.everyone else out.index_add(0, bucket.positions, y)
-        if bucket.everyone:
-            target.add_(y)
-        else:
-            target.index_add_(0, bucket.positions, y)
-        return out
+        return out.add_(y) if bucket.everyone else out.index_add_(0, bucket.positions, y)
 
 
 def _bias_change(module: nn.Module, bias: Tensor | None, like: Tensor) -> Tensor:
@@ -278,9 +272,7 @@ class HeadSite:
         if len(rows) == 1:
             return next(iter(rows))(*args, **kwargs)
         if selection.kind == "tokens":
-            raise StateError(
-                f'module "{self.name}" is trained in full and can\'t be chosen per token: use vera.rows().'
-            )
+            raise StateError(f'module "{self.name}" is trained in full and can\'t be chosen per token: use vera.rows().')
         return self._by_rows(rows, args, kwargs, selection.size)
 
     def _by_rows(self, rows: dict[Callable, list[int]], args: tuple, kwargs: dict, size: int) -> Any:

@@ -184,11 +184,12 @@ class Runtime:
     def override(self, selection: Selection):
         """The selection of this thread inside the `with`."""
         stack = self._stack()
+        depth = len(stack)
         stack.append(selection)
         try:
             yield
         finally:
-            stack.remove(selection)
+            del stack[depth:]
 
     def _stack(self) -> list[Selection]:
         if not hasattr(self._local, "stack"):
@@ -211,10 +212,7 @@ class Runtime:
 
     def has_u(self, x: Tensor, unit: UnitSpec, dtype: torch.dtype) -> bool:
         local = self._local
-        return (
-            getattr(local, "x", None) is x
-            and (unit.basis, unit.r, dtype, 2, None, torch.is_grad_enabled()) in local.memo
-        )
+        return getattr(local, "x", None) is x and (unit.basis, unit.r, dtype, 2, None, torch.is_grad_enabled()) in local.memo
 
     def cast(self, x: Tensor, flat: Tensor, dtype: torch.dtype) -> Tensor:
         """flat in the matmuls' dtype, once for all layers that read the same x."""

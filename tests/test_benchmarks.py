@@ -1,0 +1,112 @@
+"""The benchmarks run, at tiny shapes; no test here looks at a time."""
+
+import fcntl
+import json
+
+import pytest
+import torch
+
+from benchmarks import bench, measure, render
+from benchmarks.models import SHAPES, Contestant, base_model, batch, contest, frozen_tensors
+
+
+@pytest.fixture
+def own_lock(tmp_path, monkeypatch):
+    """A lock of the test's own: a real benchmark may be running on this machine."""
+    monkeypatch.setattr(measure, "LOCK", tmp_path / "lock")
+    threads = torch.get_num_threads()
+    yield tmp_path / "lock"
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.slow
+def test_quick_bench_writes_every_result_and_the_page(tmp_path, own_lock):
+    pytest.importorskip("peft")
+    assert bench.main(["--quick", "--out", str(tmp_path)]) == 0
+    results = render.load_results(tmp_path)
+    assert sorted(results) == ["adapters", "quick-autocast", "quick-bf16", "quick-llama", "quick-roberta"]
+    llama = results["quick-llama"]["contestants"]
+    assert list(llama) == [
+        "frozen", "lora-1", "lora-8", "full", "peft-vera-16", "veralib-16", "peft-vera-4", "veralib-4",
+    ]  # fmt: skip
+    assert llama["lora-8"]["ratio"]["median"] == 1 and llama["lora-8"]["saved_ratio"] == 1
+    assert llama["veralib-16"]["parameters"] == llama["peft-vera-16"]["parameters"]
+    assert set(results["adapters"]["contestants"]) == {"veralib-8", "peft-vera-8", "lora-1"}
+    assert {"commit", "versions", "processor", "load_average"} <= set(results["quick-llama"]["environment"])
+    page = (tmp_path / "README.md").read_text()
+    for name in ("**veralib** r=16", "PEFT VeRA r=16", "PEFT LoRA r=1", "full fine-tuning"):
+        assert name in page
+
+
+def test_unknown_benchmark_is_refused_with_the_known_ones(capsys, own_lock):
+    assert bench.main(["--only", "llama-9x9"]) == 2
+    assert "llama-16x256" in capsys.readouterr().out
+
+
+def test_a_second_benchmark_waits_for_the_first(own_lock):
+    with measure.alone(), open(own_lock, "w") as second, pytest.raises(BlockingIOError):
+        fcntl.flock(second, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with open(own_lock, "w") as second:
+        fcntl.flock(second, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_saved_bytes_counts_each_storage_once_and_no_weight():
+    x, W = torch.randn(8, 4), torch.randn(4, 4, requires_grad=True)
+    # x @ W saves x and W; the product saves both its factors, which are two views of one h; sum saves nothing.
+    assert measure.saved_bytes(lambda: (h := x @ W).mul(h.view(8, 4)).sum(), [W]) == 4 * (8 * 4 + 8 * 4)
+
+
+def test_allocations_sees_what_a_function_hides_from_the_hooks():
+    class Hiding(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.hidden = x * 2
+            return x.sum()
+
+        @staticmethod
+        def backward(ctx, g):
+            return g * ctx.hidden
+
+    x = torch.randn(1000, requires_grad=True)
+    assert measure.saved_bytes(lambda: Hiding.apply(x), [x]) == 0
+    net, peak = measure.allocations(lambda: Hiding.apply(x))
+    assert net >= 4000 and peak >= net
+
+
+def test_interleave_runs_every_step_in_every_round_and_drops_the_warmup():
+    calls = []
+    seconds = measure.interleave({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=3, warmup=1)
+    assert calls == list("abbaabba")
+    assert [len(s) for s in seconds.values()] == [3, 3]
+
+
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-roberta"])
+def test_contestants_leave_the_base_as_it_is_and_start_from_its_outputs(name):
+    pytest.importorskip("peft")
+    shape = SHAPES[name]
+    base = base_model(shape).eval()
+    data = batch(shape, 2, 8)
+    before = {k: v.clone() for k, v in base.state_dict().items()}
+    plain = base(**data).logits
+    for contestant in (Contestant("lora", 8), Contestant("peft-vera", 8), Contestant("veralib", 8), Contestant("full")):
+        model = contest(base, shape, contestant).eval()
+        torch.testing.assert_close(model(**data).logits, plain)
+        assert any(p.requires_grad for p in model.parameters())
+        assert len(frozen_tensors(model, contestant)) >= len(list(model.parameters()))
+    assert all(torch.equal(v, before[k]) for k, v in base.state_dict().items())
+    assert not any(".vera_" in k for k in base.state_dict())
+
+
+def test_the_table_goes_between_the_markers_and_nowhere_else():
+    text = "top\n<!-- bench -->\nold\n<!-- /bench -->\nend\n"
+    assert render.put_between_markers(text, "new") == "top\n<!-- bench -->\nnew\n<!-- /bench -->\nend\n"
+    assert render.put_between_markers("no markers", "new") == "no markers"
+
+
+def test_bf16_goal_is_half_of_pefts_extra_cost():
+    result = {
+        "goals": {"time": []},
+        "ranks": [4],
+        "contestants": {"peft-vera-4": {"ratio": {"median": 3.0}}},
+    }
+    assert render._goals(json.loads(json.dumps(result))) == ["≤ 2.00"]

@@ -1,0 +1,144 @@
+"""merge against the unmerged model, unmerge against the old bits."""
+
+import copy
+
+import pytest
+import torch
+
+from tests.conftest import randomise, tiny_bert, tiny_gpt2, tiny_llama, tokens
+from tests.test_model import logits
+from veralib import StateError, VeraConfig, VeraWarning, attach
+
+
+def bits(model):
+    return {k: v.clone() for k, v in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("keep", ["cpu", "device", "disk"])
+@pytest.mark.parametrize(("make", "targets"), [(tiny_llama, "all-linear"), (tiny_gpt2, ["c_attn:q", "c_attn:v", "c_proj"])])
+def test_merged_equals_unmerged_and_unmerge_gives_the_bits_back(make, targets, keep):
+    model, ids = make(), tokens()
+    vera = attach(model, VeraConfig(rank=16, targets=targets))
+    randomise(vera, "default")
+    before, apart = bits(model), logits(model, ids)
+    report = vera.merge(keep=keep)
+    assert report.surviving == pytest.approx(1.0, abs=1e-4) and report.layers == len(vera.member("default").layout.by_layer)
+    assert (logits(model, ids) - apart).abs().max() < 1e-5
+    vera.unmerge()
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert torch.equal(logits(model, ids), apart)
+
+
+def test_switch_merged_ends_with_the_other_adapter_and_the_old_bits_underneath():
+    model, ids = tiny_llama(), tokens()
+    vera = attach(model, VeraConfig(rank=16, targets="all-linear"), name="a")
+    vera.add(VeraConfig(rank=4, targets=["q_proj"], seed=1), "b")
+    randomise(vera, "a")
+    randomise(vera, "b", seed=1)
+    before = bits(model)
+    vera.use("b")
+    want = logits(model, ids)
+    vera.merge("a")
+    vera.switch_merged("b")
+    assert vera.merged == "b" and (logits(model, ids) - want).abs().max() < 1e-5
+    vera.unmerge()
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_low_precision_merge_reports_the_lost_share_of_delta():
+    model = tiny_llama().bfloat16()
+    vera = attach(model, VeraConfig(rank=16, targets="all-linear"))
+    randomise(vera, "default", size=1e-3)
+    before = bits(model)
+    with pytest.warns(VeraWarning, match="rounded away"):
+        report = vera.merge()
+    assert report.surviving < 0.9
+    vera.unmerge()
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_keep_none_merges_for_good():
+    model = tiny_llama()
+    vera = attach(model, VeraConfig(rank=4, targets=["q_proj"]))
+    randomise(vera, "default")
+    vera.merge(keep=None)
+    with pytest.raises(StateError, match="keep=None"):
+        vera.unmerge()
+
+
+def test_tied_weight_is_refused_and_nothing_is_written():
+    model = tiny_gpt2()
+    vera = attach(model, VeraConfig(rank=4, targets=["c_proj", "lm_head"]))
+    randomise(vera, "default")
+    before = bits(model)
+    with pytest.raises(StateError, match="tied"):
+        vera.merge()
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    unmerged = logits(model, tokens())  # unmerged it works
+    vera.use(None)
+    assert not torch.allclose(unmerged, logits(model, tokens()))
+
+
+def test_head_is_merged_with_its_adapter():
+    model, ids = tiny_bert(), tokens()
+    vera = attach(model, VeraConfig(rank=8, train_modules=["classifier"]))
+    randomise(vera, "default")
+    with torch.no_grad():
+        vera._head("classifier", vera.member("default")).weight.add_(0.5)
+    before, apart = bits(model), logits(model, ids)
+    vera.merge()
+    assert (logits(model, ids) - apart).abs().max() < 1e-5
+    vera.unmerge()
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_merged_model_saves_as_a_plain_one_that_transformers_loads(tmp_path):
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    for make, auto, heads in (
+        (tiny_llama, AutoModelForCausalLM, ()),
+        (tiny_bert, AutoModelForSequenceClassification, ("classifier",)),
+    ):
+        model, ids = make(), tokens()
+        keys = set(model.state_dict())
+        vera = attach(model, VeraConfig(rank=8, train_modules=heads))
+        randomise(vera, "default")
+        vera.merge()
+        folder = tmp_path / make.__name__
+        model.save_pretrained(folder)
+        loaded = auto.from_pretrained(folder)
+        assert set(loaded.state_dict()) == keys and type(loaded).__mro__[0].__module__.startswith("transformers.")
+        assert torch.equal(logits(loaded.eval(), ids), logits(model, ids))
+        assert len(vera.names) == 1 and any(p.requires_grad for p in model.parameters())
+
+
+def test_a_failing_merge_puts_back_what_it_wrote(monkeypatch):
+    import veralib.merging as merging
+
+    model = tiny_llama()
+    vera = attach(model, VeraConfig(rank=8, targets="all-linear"))
+    randomise(vera, "default")
+    before = bits(model)
+    real, calls = merging.write_weight, []
+
+    def fails(module, W):
+        calls.append(1)
+        if len(calls) == 4:
+            raise RuntimeError("out of memory")
+        real(module, W)
+
+    monkeypatch.setattr(merging, "write_weight", fails)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        vera.merge()
+    assert vera.merged is None and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_a_merged_copy_is_independent():
+    model = tiny_llama()
+    vera = attach(model, VeraConfig(rank=8, targets=["q_proj"]))
+    randomise(vera, "default")
+    other = copy.deepcopy(model)
+    vera.merge()
+    from veralib import handle
+
+    assert handle(other).merged is None and torch.equal(other.lm_head.weight, model.lm_head.weight)

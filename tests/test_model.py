@@ -1,0 +1,560 @@
+"""attach and the handle, against a plain reference, a merged model and the untouched base."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import veralib
+from tests.conftest import randomise, tiny_bert, tiny_gpt2, tiny_llama, tokens
+from veralib import StateError, UnknownName, VeraConfig, VeraWarning, attach, handle
+
+QV = VeraConfig(rank=8, targets=["q_proj", "v_proj"])
+
+
+def logits(model, ids):
+    with torch.no_grad():
+        return model(input_ids=ids).logits
+
+
+def by_hand(model, vera, name, ids):
+    """The logits of a deep copy of the base with ΔW of the adapter added to its weights in float64."""
+    adapter = vera.adapter(name)
+    plain = copy.deepcopy(model)
+    handle(plain).detach()
+    plain = plain.double()
+    for unit in adapter.vectors:
+        layer, _, part = unit.partition(":")
+        module = plain.get_submodule(layer)
+        W = module.weight.data if isinstance(module, nn.Linear) else module.weight.data.t()
+        delta = adapter.delta(unit, torch.float64)
+        if part:
+            third = W.shape[0] // 3
+            start = "qkv".index(part) * third
+            W[start : start + third] += delta
+        else:
+            W += delta
+    return logits(plain, ids)
+
+
+@pytest.mark.parametrize(
+    ("make", "targets"),
+    [
+        (tiny_llama, ["q_proj", "v_proj"]),
+        (tiny_llama, "all-linear"),
+        (tiny_gpt2, ["c_attn:q", "c_attn:v"]),
+        (tiny_gpt2, "all-linear"),
+        (tiny_bert, None),
+    ],
+)
+@pytest.mark.parametrize("basis", ["philox-u8", "peft"])
+def test_adapted_logits_equal_a_model_with_delta_added_by_hand(make, targets, basis):
+    model, ids = make(), tokens()
+    before = logits(model, ids)
+    vera = attach(model, VeraConfig(rank=40, targets=targets, basis=basis, seed=3))
+    assert torch.equal(logits(model, ids), before) or (logits(model, ids) - before).abs().max() < 1e-6  # b is 0
+    randomise(vera, "default")
+    right = by_hand(model, vera, "default", ids)
+    error = (logits(model, ids) - right).abs().max()
+    assert error < 2e-5 * right.abs().max() and error < 0.02 * (right - before).abs().max()
+
+
+@pytest.mark.parametrize("plan", ["factored", "merged-tokens", "merged-weights", "apart-tokens", "apart-weights"])
+def test_every_plan_trains_alike(plan):
+    def gradients(plan):
+        model = tiny_llama()
+        vera = attach(model, VeraConfig(rank=8, targets="all-linear"))
+        randomise(vera, "default", size=0.1)
+        vera.runtime.plan = plan
+        model.train()(input_ids=tokens(), labels=tokens()).loss.backward()
+        return torch.cat([p.grad for p in model.parameters() if p.requires_grad])
+
+    reference = gradients("factored")
+    assert reference.norm() > 0
+    assert (gradients(plan) - reference).norm() < 1e-4 * reference.norm()
+
+
+def test_attach_renames_no_module_and_no_key_and_detach_gives_the_model_back():
+    model = tiny_bert()
+    model.bert.encoder.layer[0].requires_grad_(False)
+    keys, bits = list(model.state_dict()), {k: v.clone() for k, v in model.state_dict().items()}
+    names, classes = [n for n, _ in model.named_modules()], [type(m) for m in model.modules()]
+    flags = [p.requires_grad for p in model.parameters()]
+    vera = attach(model, VeraConfig(rank=8, train_modules=["classifier"]))
+    vera.add(VeraConfig(rank=4, targets=["dense"], seed=1), "other")
+    assert [k for k in model.state_dict() if "vera_" not in k] == keys
+    assert [n for n, _ in model.named_modules() if "vera_" not in n] == names
+    assert all(isinstance(m, c) for m, c in zip([m for n, m in model.named_modules() if "vera_" not in n], classes, strict=True))
+    assert not any("default" in k or "other" in k for k in model.state_dict())
+    randomise(vera, "default")
+    vera.merge("default")
+    vera.unmerge()
+    assert vera.detach() is model
+    assert list(model.state_dict()) == keys and [type(m) for m in model.modules()] == classes
+    assert all(torch.equal(v, bits[k]) for k, v in model.state_dict().items())
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def three_adapters(model):
+    vera = attach(model)
+    vera.add(VeraConfig(rank=8, seed=0, targets=["q_proj", "v_proj"]), "small")
+    vera.add(VeraConfig(rank=40, seed=5, targets="all-linear"), "large")
+    vera.add(VeraConfig(rank=16, seed=0, targets=["q_proj", "o_proj"], levels="kaiming_normal"), "other")
+    vera.add(VeraConfig(rank=6, seed=0, targets=["q_proj"]), "narrow")
+    for k, name in enumerate(vera.names):
+        randomise(vera, name, seed=k)
+    return vera
+
+
+def resident(model, trained):
+    """The same adapters as residents of another copy of the base."""
+    vera = attach(model)
+    for name in trained.names:
+        vera.load(trained.adapter(name), name=name)
+    return vera
+
+
+@pytest.mark.parametrize("residents", [False, True])
+def test_mixed_batch_equals_one_by_one_and_the_base_row_is_the_plain_models(residents):
+    plain, model = tiny_llama(), tiny_llama()
+    vera = three_adapters(model)
+    if residents:
+        model = tiny_llama()
+        vera = resident(model, vera)
+    ids = tokens(6)
+    names = ["small", None, "large", "other", "narrow", "small"]
+    with vera.rows(names):
+        mixed = logits(model, ids)
+    for i, name in enumerate(names):
+        vera.use(name)
+        alone = logits(model, ids[i : i + 1])[0]
+        assert (mixed[i] - alone).abs().max() < 1e-5
+        if name is not None:
+            vera.merge(name)
+            assert (mixed[i] - logits(model, ids[i : i + 1])[0]).abs().max() < 1e-5
+            vera.unmerge()
+    assert torch.equal(mixed[1], logits(plain, ids)[1])
+    assert (mixed[0] - mixed[5]).abs().max() > 1e-3
+
+
+def test_generate_with_beams_and_return_sequences_keeps_each_rows_adapter():
+    model = tiny_llama()
+    vera = three_adapters(model)
+    ids, names = tokens(4), ["small", None, "large", "other"]
+    options = dict(max_new_tokens=6, num_beams=3, num_return_sequences=2, do_sample=False, attention_mask=torch.ones(1, 7).long())
+    with vera.rows(names):
+        mixed = model.generate(ids, **(options | {"attention_mask": torch.ones(4, 7).long()}))
+        assert logits(model, ids).shape[0] == 4  # the repeated rows ended with generate
+    different = set()
+    for i, name in enumerate(names):
+        vera.use(name)
+        alone = model.generate(ids[i : i + 1], **options)
+        assert torch.equal(mixed[2 * i : 2 * i + 2, : alone.shape[1]], alone)
+        different.add(tuple(alone[0].tolist()[7:]))
+    assert len(different) == 4
+
+
+def test_tokens_gives_each_token_its_adapter():
+    model = tiny_llama()
+    vera = three_adapters(model)
+    ids = tokens(2, 5)
+    names = [["small", None, "large", "large", "other"], ["narrow", "small", None, "other", "large"]]
+    flat = [n for row in names for n in row]
+    with vera.tokens(flat):
+        mixed = logits(model, ids)
+    for name in {"small", "large"}:
+        vera.use(name)
+        # The first token attends to itself alone, so its logits depend on its own adapter only.
+        alone = logits(model, ids)
+        for row in range(2):
+            assert ((mixed[row, 0] - alone[row, 0]).abs().max() < 1e-5) == (names[row][0] == name)
+    order = ["small", "large", "other", "narrow"]
+    with vera.tokens(torch.tensor([-1 if n is None else order.index(n) for n in flat]), names=order):
+        assert torch.equal(logits(model, ids), mixed)
+
+
+def test_row_gradients_reach_only_their_own_adapter_and_equal_training_alone():
+    def train(rows):
+        model = tiny_llama().double()
+        vera = three_adapters(model)
+        ids = tokens(3)
+        names = ["small", "large", None]
+        out = {}
+        if rows:
+            with vera.rows(names):
+                model(input_ids=ids).logits.square().sum(dim=(1, 2)).sum().backward()
+        else:
+            for i, name in enumerate(names):
+                vera.use(name)
+                loss = model(input_ids=ids[i : i + 1]).logits.square().sum()
+                if loss.requires_grad:
+                    loss.backward()
+        for name in vera.names:
+            grads = [t.grad for o, d, b in vera.member(name).owners.values() for t in (o._parameters[d], o._parameters[b])]
+            out[name] = None if grads[0] is None else torch.cat(grads)
+        return out
+
+    alone, mixed = train(False), train(True)
+    assert mixed["other"] is None and mixed["narrow"] is None
+    for name in ("small", "large"):
+        assert (mixed[name] - alone[name]).norm() < 1e-5 * alone[name].norm()  # d and b are float32
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointed_backward_after_the_with_recomputes_with_the_rows_of_its_forward(reentrant):
+    def gradients(checkpoint):
+        model = tiny_llama()
+        vera = three_adapters(model)
+        if checkpoint:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        model.train()
+        losses = []
+        for names in (["small", "large"], ["large", None]):
+            with vera.rows(names):
+                losses.append(model(input_ids=tokens(2), labels=tokens(2)).loss)
+        vera.use("other")
+        for loss in losses:  # two pending forwards with different rows, one backward each
+            loss.backward()
+        return torch.cat([p.grad for p in model.parameters() if p.requires_grad and p.grad is not None])
+
+    plain = gradients(False)
+    assert (gradients(True) - plain).norm() < 1e-5 * plain.norm()
+
+
+def test_checkpointed_backward_over_two_forwards_with_different_rows_raises():
+    model = tiny_llama()
+    vera = three_adapters(model)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    total = 0
+    for names in (["small", "large"], ["large", None]):
+        with vera.rows(names):
+            total = total + model(input_ids=tokens(2), labels=tokens(2)).loss
+    with pytest.raises(StateError, match="context_fn"):
+        total.backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_vectors_stay_float32_when_the_model_is_cast(dtype):
+    model = tiny_llama()
+    vera = attach(model, QV)
+    model.to(dtype)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert model.lm_head.weight.dtype == dtype
+    model.train()(input_ids=tokens(), labels=tokens()).loss.backward()
+    grads = [p.grad for p in model.parameters() if p.requires_grad]
+    assert {g.dtype for g in grads} == {torch.float32} and sum(float(g.norm()) for g in grads) > 0
+    model.half()
+    assert {g.dtype for g in (p.grad for p in model.parameters() if p.requires_grad)} == {torch.float32}
+    assert vera.names == ("default",)
+
+
+def test_bf16_gradient_with_fp32_weights_under_autocast():
+    def gradients(autocast, inside):
+        model = tiny_llama()
+        vera = attach(model, VeraConfig(rank=16, targets="all-linear"))
+        randomise(vera, "default", size=0.1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = model.train()(input_ids=tokens(), labels=tokens()).loss
+            if inside:
+                loss.backward()
+        if not inside:
+            loss.backward()
+        grads = [p.grad for p in model.parameters() if p.requires_grad]
+        assert {g.dtype for g in grads} == {torch.float32}
+        return torch.cat(grads)
+
+    exact = gradients(False, False)
+    for inside in (False, True):
+        assert (gradients(True, inside) - exact).norm() < 0.05 * exact.norm()
+
+
+def test_deepcopy_and_pickle_have_their_own_adapters_and_share_A_and_B():
+    model, ids = tiny_llama(), tokens()
+    vera = attach(model, QV)
+    randomise(vera, "default")
+    vera.load(vera.adapter(), name="fixed")
+    want = logits(model, ids)
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(buffer, weights_only=False)):
+        theirs = handle(other)
+        assert theirs is not vera and theirs.model is other
+        assert torch.equal(logits(other, ids), want)
+        randomise(theirs, "default", seed=9)
+        assert not torch.equal(logits(other, ids), want)
+        theirs.use("fixed")
+        assert torch.equal(logits(other, ids), want)
+        theirs.remove("fixed")
+        unit = vera.member("default").layout.units[0]
+        mine, copied = unit.A(ids.float()), theirs.member("default").layout.units[0].A(ids.float())
+        assert mine.data_ptr() == copied.data_ptr()
+    assert torch.equal(logits(model, ids), want) and vera.names == ("default", "fixed")
+
+
+def test_inf_in_the_adapter_path_of_one_row_leaves_the_others_alone():
+    plain, model = tiny_llama(), tiny_llama()
+    vera = three_adapters(model)
+    with torch.no_grad():
+        for unit in vera.member("large").layout.units:
+            vera.member("large").vectors(unit.unit)[1].fill_(float("inf"))
+    ids = tokens(3)
+    with vera.rows(["large", None, "small"]):
+        mixed = logits(model, ids)
+    assert not mixed[0].isfinite().all()
+    assert torch.equal(mixed[1], logits(plain, ids)[1])
+    vera.use("small")
+    assert (mixed[2] - logits(model, ids)[2]).abs().max() < 1e-5
+
+
+def test_torch_encoder_layers_fast_path_is_off_while_adapted():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    model, x = nn.Sequential(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)).eval(), torch.randn(2, 5, 16)
+    vera = attach(model, VeraConfig(rank=4, targets=["linear1", "linear2"]))
+    with torch.no_grad():
+        base = model(x)
+        randomise(vera, "default")
+        assert (model(x) - base).abs().max() > 1e-2
+        vera.use(None)
+        assert torch.allclose(model(x), base)
+
+
+def test_multihead_attentions_out_proj_is_refused_and_skipped_by_all_linear():
+    model = nn.Sequential(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True))
+    with pytest.raises(veralib.VeraError, match="MultiheadAttention"):
+        attach(model, VeraConfig(rank=4, targets=["out_proj"]))
+    vera = attach(model, VeraConfig(rank=4, targets="all-linear"))
+    assert set(vera.member("default").layout.by_layer) == {"0.linear1", "0.linear2"}
+
+
+class Idle(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.used, self.idle = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.used(x) + x @ self.idle.weight
+
+
+def test_layers_the_first_forward_never_called_are_named_once():
+    model = Idle()
+    attach(model, VeraConfig(rank=2, targets="all-linear"))
+    with pytest.warns(VeraWarning, match="idle"):
+        model(torch.ones(1, 4))
+
+
+def test_offloaded_base_with_accelerate_hooks_on_the_meta_device():
+    from accelerate import cpu_offload
+
+    ids = tokens()
+    model = tiny_llama()
+    reference = attach(model, QV)
+    randomise(reference, "default")
+    want = logits(model, ids)
+    adapter = reference.adapter()
+    offloaded = cpu_offload(tiny_llama(), execution_device=torch.device("cpu"))
+    assert offloaded.model.layers[0].self_attn.q_proj.weight.device.type == "meta"
+    before = logits(offloaded, ids)
+    vera = attach(offloaded)
+    vera.load(adapter, name="a", allow_other_base=True)
+    vera.use("a")
+    assert (logits(offloaded, ids) - want).abs().max() < 1e-5
+    vera.detach()
+    assert torch.equal(logits(offloaded, ids), before)
+
+
+def test_head_copies_belong_to_their_adapters_and_rows_mix_them():
+    model, ids = tiny_bert(), tokens(4)
+    base = logits(model, ids)
+    vera = attach(model, VeraConfig(rank=8, train_modules=["classifier"]), name="a")
+    vera.add(VeraConfig(rank=8, seed=2), "b")
+    for k, name in enumerate(vera.names):
+        randomise(vera, name, seed=k)
+    with torch.no_grad():
+        vera._head("classifier", vera.member("a")).weight.add_(1.0)
+    adapter = vera.adapter("a")
+    assert set(adapter.modules) == {"classifier"}
+    vera.load(adapter, name="resident")
+    single = {}
+    for name in (*vera.names, None):
+        vera.use(name)
+        single[name] = logits(model, ids)
+    assert torch.equal(single["a"], single["resident"]) and torch.equal(single[None], base)
+    names = ["a", "b", None, "resident"]
+    with vera.rows(names):
+        mixed = logits(model, ids)
+    for i, name in enumerate(names):
+        assert (mixed[i] - single[name][i]).abs().max() < 1e-5
+    groups = {g["name"]: g for g in vera.parameter_groups(lr=1e-2, lr_head=3e-3)}
+    assert groups["head"]["lr"] == 3e-3 and {id(p) for p in groups["head"]["params"]} == {
+        id(p) for p in vera._head("classifier", vera.member("a")).parameters()
+    }
+    assert {id(p) for g in groups.values() for p in g["params"]} == {id(p) for p in model.parameters() if p.requires_grad}
+
+
+def test_one_module_under_two_parents_is_adapted_once():
+    shared = nn.Linear(4, 4)
+    model = nn.ModuleDict({"one": nn.Sequential(shared), "two": nn.Sequential(shared)})
+    vera = attach(model, VeraConfig(rank=3, targets="all-linear"))
+    assert len(vera.member("default").layout.units) == 1
+    randomise(vera, "default")
+    x = torch.randn(2, 4)
+    assert torch.equal(model["one"](x), model["two"](x)) and not torch.allclose(
+        model["one"](x), nn.functional.linear(x, shared.weight, shared.bias)
+    )
+
+
+def test_unique_bases_differ_by_layer():
+    model, ids = tiny_llama(), tokens()
+    vera = attach(model, VeraConfig(rank=8, targets=["q_proj"], sharing="unique"))
+    randomise(vera, "default")
+    units = vera.member("default").layout.units
+    assert len({u.basis for u in units}) == len(units) and not torch.equal(*(u.A(ids.float()) for u in units[:2]))
+    right = by_hand(model, vera, "default", ids)
+    assert (logits(model, ids) - right).abs().max() < 2e-5 * right.abs().max()
+
+
+@pytest.mark.parametrize(("train", "moving", "still"), [("d", "d", "b"), ("b", "b", "d")])
+def test_ablations_train_one_vector_and_leave_the_other_at_its_constant(train, moving, still):
+    model = tiny_llama()
+    vera = attach(model, VeraConfig(rank=8, targets=["q_proj"], train=train))
+    base = logits(tiny_llama(), tokens())
+    assert torch.allclose(logits(model, tokens()), base, atol=1e-6)
+    optimizer = torch.optim.SGD(vera.parameter_groups(lr=1.0))
+    model.train()(input_ids=tokens(), labels=tokens()).loss.backward()
+    optimizer.step()
+    for unit in vera.member("default").layout.units:
+        vectors = dict(zip("db", vera.member("default").vectors(unit.unit), strict=True))
+        assert torch.equal(vectors[still], torch.ones_like(vectors[still]))
+        assert vectors[moving].abs().sum() > 0
+
+
+def test_dropout_acts_in_training_alone():
+    model, ids = tiny_llama(), tokens()
+    vera = attach(model, VeraConfig(rank=8, targets=["q_proj"], dropout=0.5))
+    randomise(vera, "default", size=1.0)
+    assert torch.equal(logits(model, ids), logits(model, ids))
+    model.train()
+    assert not torch.equal(logits(model, ids), logits(model, ids))
+
+
+def test_layers_that_read_the_same_x_share_one_product_with_A():
+    model = tiny_llama()
+    vera = attach(model, VeraConfig(rank=8, targets=["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"]))
+    vera.runtime.plan = "factored"
+    made = []
+    original = vera.runtime.rank_space
+    kept = []
+
+    def spy(x, flat, unit, rows=None):
+        u = original(x, flat, unit, rows)
+        kept.append(u)
+        made.append(id(u))
+        return u
+
+    vera.runtime.rank_space = spy
+    model.train()(input_ids=tokens(), labels=tokens()).loss.backward()
+    assert len(made) == 10 and len(set(made)) == 4  # per block: one for q, k, v and one for gate, up
+
+
+def test_changing_x_in_place_between_two_layers_is_seen():
+    class InPlace(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.first(x), self.second(x.add_(1))
+
+    model = InPlace()
+    vera = attach(model, VeraConfig(rank=3, targets="all-linear"))
+    randomise(vera, "default")
+    vera.runtime.plan = "factored"
+    with torch.no_grad():
+        x = torch.randn(2, 4)
+        moved = x + 1
+        assert torch.equal(model(x.clone())[1], model.second(moved))
+
+
+def test_wrong_number_of_rows_names_the_layer_and_unknown_adapters_the_known():
+    model = tiny_llama()
+    vera = three_adapters(model)
+    with vera.rows(["small", "large"]), pytest.raises(StateError, match=r"q_proj.*given 3 rows.*2"):
+        model(input_ids=tokens(3))
+    with pytest.raises(UnknownName, match='Did you mean "small"'):
+        vera.use("smal")
+    with pytest.raises(UnknownName), vera.rows(["nobody"]):
+        pass
+    assert vera.active is None
+
+
+def test_state_errors_leave_everything_as_it_was():
+    model = tiny_llama()
+    vera = attach(model, QV)
+    randomise(vera, "default")
+    with pytest.raises(StateError, match="attached already"):
+        attach(model, QV)
+    with pytest.raises(StateError, match="already"):
+        vera.add(QV, "default")
+    vera.merge()
+    merged = logits(model, tokens())
+    for wrong in (
+        lambda: vera.merge(),
+        lambda: vera.use(None),
+        lambda: vera.rows([None]),
+        lambda: vera.add(QV, "x"),
+        lambda: vera.detach(),
+        lambda: vera.remove("default"),
+    ):
+        with pytest.raises(StateError):
+            wrong()
+    with pytest.raises(StateError, match="unmerge"):
+        model.train()(input_ids=tokens())
+    assert torch.equal(logits(model.eval(), tokens()), merged)
+    vera.unmerge()
+    with pytest.raises(StateError, match="nothing"):
+        vera.unmerge()
+
+
+def test_failed_attach_changes_nothing():
+    model = tiny_llama()
+    flags, classes = [p.requires_grad for p in model.parameters()], [type(m) for m in model.modules()]
+    for config in (VeraConfig(targets=["nothing_like_it"]), VeraConfig(targets=["q_proj"], train_modules=["classifier"])):
+        with pytest.raises(veralib.VeraError):
+            attach(model, config)
+        assert [p.requires_grad for p in model.parameters()] == flags and [type(m) for m in model.modules()] == classes
+    with pytest.raises(StateError, match="no adapters"):
+        handle(model)
+
+
+def test_slow_learning_rate_is_warned_about_once():
+    model = tiny_llama()
+    vera = attach(model, QV)
+    optimizer = torch.optim.AdamW(vera.parameter_groups(lr=1e-5))
+    model.train()(input_ids=tokens(), labels=tokens()).loss.backward()
+    with pytest.warns(VeraWarning, match="learning rate of 1e-05"):
+        optimizer.step()
+    with pytest.warns() as caught:
+        optimizer.step()
+        import warnings
+
+        warnings.warn("the only one")
+    assert len(caught) == 1
+
+
+def test_reference_is_the_base_without_a_copy():
+    model, ids = tiny_llama(), tokens()
+    base = logits(model, ids)
+    vera = attach(model, QV)
+    randomise(vera, "default")
+    reference = vera.reference()
+    assert not list(reference.parameters())
+    assert torch.equal(reference(input_ids=ids).logits, base)
+    assert not torch.equal(logits(model, ids), base)

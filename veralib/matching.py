@@ -1,0 +1,158 @@
+"""Is this adapter for this base model? By its layers' names, shapes and a hash of their weights."""
+
+import warnings
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from .adapter import Adapter, layer_of
+from .autograd import UnitSpec
+from .errors import AdapterMismatch, VeraWarning, nearest
+from .fused import parts
+from .linears import is_linear, quantisation, shape, weight_hash
+
+if TYPE_CHECKING:
+    from .model import Vera
+
+
+def check(vera: "Vera", adapter: Adapter, name: str, allow_other_base: bool) -> None:
+    """Raises AdapterMismatch where the adapter was trained on another base model; a different id only warns."""
+    modules = {}
+    for layer, trained in adapter.base.layers.items():
+        module = vera._sites.get(layer)
+        if module is None:
+            module = _find(vera.model, layer, adapter, name)
+        modules[layer] = module
+        have = shape(module)
+        if have != tuple(trained):
+            raise AdapterMismatch(
+                f'adapter "{name}" was trained with {trained[0]} outputs and {trained[1]} inputs at layer "{layer}"; this base '
+                f"model has {have[0]} and {have[1]} there. {_trained_on(adapter)}"
+            )
+    config = getattr(vera.model, "config", None)
+    model_id = str(getattr(config, "_name_or_path", "") or "")
+    same_id = _last(adapter.base.id) == _last(model_id)
+    have_hashes = {
+        layer: h for layer in adapter.base.hashes if layer in modules and (h := cached_hash(vera, layer, modules[layer]))
+    }
+    if adapter.base.hashes and have_hashes:
+        wrong = [layer for layer, h in adapter.base.hashes.items() if layer in have_hashes and have_hashes[layer] != h]
+        if wrong and not allow_other_base:
+            raise AdapterMismatch(
+                f'adapter "{name}" was trained on other weights than this base model\'s at {len(wrong)} of {len(have_hashes)} '
+                f'layers, the first "{wrong[0]}": another revision, a fine-tuned or an -Instruct twin. {_trained_on(adapter)} '
+                "Or pass allow_other_base=True to load it all the same."
+            )
+        if not wrong and not same_id and adapter.base.id and model_id:
+            warnings.warn(
+                f'adapter "{name}" was trained on "{adapter.base.id}"; this base model calls itself "{model_id}". Its weights '
+                "are the same.",
+                VeraWarning,
+            )
+        return
+    # Quantised on either side: the bits can't be compared, so the model's id and the kind of quantisation must do.
+    if allow_other_base or not adapter.base.id:
+        return
+    if not same_id:
+        raise AdapterMismatch(
+            f'adapter "{name}" was trained on "{adapter.base.id}", and this base model calls itself "{model_id or "(nothing)"}". '
+            "Quantised weights can't be compared, so a quantised base is checked by its id and its quantisation. "
+            f"{_trained_on(adapter)} Or pass allow_other_base=True to load it all the same."
+        )
+    now = quantisation_of(modules.values())
+    if now != adapter.base.quantised:
+        warnings.warn(
+            f'adapter "{name}" was trained on a base quantised as {adapter.base.quantised or "nothing"}, and this one is '
+            f"{now or 'not quantised'}: expect small differences. Weights were not compared, only the model's id.",
+            VeraWarning,
+        )
+
+
+def _find(model: nn.Module, layer: str, adapter: Adapter, name: str) -> nn.Module:
+    try:
+        module = model.get_submodule(layer) if layer else None
+    except AttributeError:
+        module = None
+    if module is not None and is_linear(module):
+        return module
+    linears = [n for n, m in model.named_modules() if is_linear(m)]
+    found = f"is a {type(module).__name__}" if module is not None else "has no such layer"
+    raise AdapterMismatch(
+        f'adapter "{name}" adapts layer "{layer}"; this base model {found}.{nearest(layer, linears)} {_trained_on(adapter)}'
+    )
+
+
+def _trained_on(adapter: Adapter) -> str:
+    if not adapter.base.id:
+        return "Load the base model it was trained on, or train a new adapter."
+    revision = f' at revision "{adapter.base.revision}"' if adapter.base.revision else ""
+    return f'The adapter was trained on "{adapter.base.id}"{revision}: load that model, or train a new adapter.'
+
+
+def _last(model_id: str) -> str:
+    return model_id.rstrip("/").rpartition("/")[2]
+
+
+def quantisation_of(modules: Iterable[nn.Module]) -> str:
+    """How the first quantised one of these linears is stored, "" where none is."""
+    return next((q for m in modules if (q := quantisation(m))), "")
+
+
+def cached_hash(vera: "Vera", layer: str, module: nn.Module | None = None) -> str:
+    """linears.weight_hash, computed once for each state of a weight; while merged, the base weight's."""
+    module = module if module is not None else vera._sites[layer]
+    weight: Any = module.weight
+    known = vera._hashes.get(layer)
+    version = 0 if weight.is_inference() else weight._version
+    if known is None or (vera.merged is None and known[:2] != (id(weight), version)):
+        known = (id(weight), version, weight_hash(module))
+        vera._hashes[layer] = known
+    return known[2]
+
+
+def units(vera: "Vera", adapter: Adapter) -> list[UnitSpec]:
+    """The units of an adapter in this model, in the adapter's order."""
+    config = getattr(vera.model, "config", None)
+    out = []
+    for unit, (d, b) in adapter.vectors.items():
+        layer, part = layer_of(unit), unit.partition(":")[2]
+        n = adapter.base.layers[layer][1]
+        rows = None
+        if part:
+            known = parts(layer, vera.model.get_submodule(layer), config)
+            if part not in known:
+                raise AdapterMismatch(
+                    f'the adapter adapts part "{part}" of layer "{layer}"; this base model\'s layer has the parts '
+                    f"{', '.join(known) or '(none)'}. {_trained_on(adapter)}"
+                )
+            rows = known[part]
+        out.append(UnitSpec(unit, layer, rows, b.numel(), n, d.numel(), adapter.scale_of(unit), adapter.basis_of(unit)))
+    return out
+
+
+def heads(vera: "Vera", adapter: Adapter) -> dict[str, nn.Module]:
+    """The modules that the adapter carries in full, found in this model; AdapterMismatch where one is missing or differs."""
+    found: dict[str, nn.Module] = {}
+    for name, state in adapter.modules.items():
+        try:
+            module = vera.model.get_submodule(name)
+        except AttributeError:
+            raise AdapterMismatch(
+                f'the adapter carries a fully trained module "{name}", which this base model has not: load the model by the '
+                "class it was trained with (AutoModelForSequenceClassification, say)."
+            ) from None
+        have = {k: tuple(t.shape) for k, t in module.state_dict().items() if not _own_key(k)}
+        want = {k: tuple(t.shape) for k, t in state.items()}
+        if have != want:
+            key = next(k for k in [*want, *have] if have.get(k) != want.get(k))
+            raise AdapterMismatch(
+                f'the adapter\'s module "{name}" has "{key}" of shape {want.get(key, "(none)")}; this base model\'s has '
+                f"{have.get(key, '(none)')}. Load the model with the same number of labels."
+            )
+        found[name] = module
+    return found
+
+
+def _own_key(key: str) -> bool:
+    return any(part.startswith("vera_") and part[5:].isdigit() for part in key.split("."))
