@@ -4,8 +4,26 @@ import json
 import random
 from pathlib import Path
 
-WORDS = "the a cat dog bird fish sees likes eats red blue big small house tree and not who did because".split()
 GOOD, BAD = ("likes", "red"), ("eats", "blue")
+WORDS = [
+    *GOOD,
+    *BAD,
+    "the",
+    "a",
+    "cat",
+    "dog",
+    "bird",
+    "fish",
+    "sees",
+    "big",
+    "small",
+    "house",
+    "tree",
+    "and",
+    "not",
+    "who",
+    "did",
+]
 CHAT_TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} <end> {% endfor %}"
     "{% if add_generation_prompt %}<assistant> {% endif %}"
@@ -75,16 +93,14 @@ def make_llama(folder: Path, template: bool = True) -> Path:
 
 
 def sentences(count: int, seed: int = 0) -> list[dict[str, str]]:
-    """Rows whose label the words decide: "good" and "bad"."""
+    """Rows whose label, "good" or "bad", one word decides."""
     rng = random.Random(seed)
     rows = []
     for _ in range(count):
-        label = rng.choice(["good", "bad"])
-        words = rng.choices(WORDS[:4] + WORDS[8:], k=rng.randrange(3, 9))
-        words.insert(rng.randrange(len(words)), rng.choice(GOOD if label == "good" else BAD))
-        rows.append(
-            {"text": " ".join(w for w in words if w in (GOOD if label == "good" else BAD) or w not in GOOD + BAD), "label": label}
-        )
+        label, telling = rng.choice([("good", GOOD), ("bad", BAD)])
+        words = rng.choices(WORDS[4:], k=rng.randrange(3, 9))
+        words.insert(rng.randrange(len(words)), rng.choice(telling))
+        rows.append({"text": " ".join(words), "label": label})
     return rows
 
 

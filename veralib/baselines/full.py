@@ -1,7 +1,7 @@
 """Full fine-tuning: every weight trains and every weight is saved."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -11,9 +11,10 @@ if TYPE_CHECKING:
     from ..training.settings import Settings
 
 
-def attach_full(model: nn.Module, settings: "Settings", head: tuple[str, ...]) -> Attached:
+def attach_full(model: Any, settings: "Settings", head: tuple[str, ...]) -> Attached:
     """The model with everything trained; saved as transformers' save_pretrained writes it."""
-    adapter, rest = [], []
+    adapter: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(True)
         in_head = any(name.startswith(h + ".") for h in head)

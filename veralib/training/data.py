@@ -261,38 +261,40 @@ def _split_off(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row],
 
 def _check(settings: Settings, train: Sequence[Row], held: Mapping[str, Sequence[Row] | None]) -> tuple[str, ...]:
     """The labels of a classification, in order, after every split has been looked at."""
-    for role, rows in (("train", train), *held.items()):
-        if rows is None:
-            continue
+    splits = {f"the {role} data": rows for role, rows in {"train": train, **held}.items() if rows is not None}
+    for where, rows in splits.items():
         if not rows:
-            raise DataError(f"the {role} data are empty: {', '.join(settings.data)}")
+            raise DataError(f"{where} are empty: {', '.join(settings.data)}")
         for column in settings.text_columns:
-            column_values(rows, column, f"the {role} data")
-    if settings.task == "regression":
-        for role, rows in (("train", train), *held.items()):
-            numbers(column_values(rows, settings.label, f"the {role} data"), role) if rows else None
-    if settings.task != "classification":
+            column_values(rows, column, where)
+    if settings.task not in ("classification", "regression"):
         return ()
-    labels = _ordered({str(v) for v in column_values(train, settings.label, "the train data")})
+    values = {where: column_values(rows, settings.label, where) for where, rows in splits.items()}
+    if settings.task == "regression":
+        for where, found in values.items():
+            numbers(found, where)
+        return ()
+    labels = _ordered({str(v) for v in values["the train data"]})
     if len(labels) < 2:
         raise DataError(f'column "{settings.label}" of the train data holds one label alone, "{labels[0]}"; expected two or more')
     if len(labels) > 1000 and len(labels) > len(train) / 2:
         raise DataError(
-            f'column "{settings.label}" of the train data holds {len(labels)} labels in {len(train)} rows: is it the label column?'
+            f'column "{settings.label}" of the train data holds {len(labels)} different values in {len(train)} rows, which are '
+            "hardly labels: name the label column with label, or use task regression"
         )
-    for role, rows in held.items():
-        label_ids(column_values(rows, settings.label, f"the {role} data"), labels, f"the {role} data") if rows else None
+    for where, found in values.items():
+        label_ids(found, labels, where)
     return labels
 
 
-def numbers(values: Sequence[Any], role: str) -> list[float]:
+def numbers(values: Sequence[Any], where: str) -> list[float]:
     """The values as floats; DataError names the first that is none."""
     out = []
     for number, value in enumerate(values, 1):
         try:
             out.append(float(value))
         except (TypeError, ValueError) as e:
-            raise DataError(f"row {number} of the {role} data has label {value!r}, and regression needs a number") from e
+            raise DataError(f"row {number} of {where} has label {value!r}, and regression needs a number") from e
     return out
 
 

@@ -31,7 +31,7 @@ def load_base(settings: Settings, labels: Sequence[str] = ()) -> Base:
     import transformers
 
     classifies = settings.task in ("classification", "regression")
-    auto = transformers.AutoModelForSequenceClassification if classifies else transformers.AutoModelForCausalLM
+    auto: Any = transformers.AutoModelForSequenceClassification if classifies else transformers.AutoModelForCausalLM
     # "auto" would take the type of the checkpoint: Adam on fp16 weights of a head underflows.
     options: dict[str, Any] = {"dtype": settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)}
     if settings.revision:

@@ -1,5 +1,6 @@
 """Result: what a run leaves in result.json, with everything needed to believe and to repeat it; and its plot."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -127,10 +128,8 @@ def reset_peak_memory() -> None:
 
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    try:
+    with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # 5: resets VmHWM, the resident set's high-water mark
-    except OSError:
-        pass
 
 
 def peak_memory() -> int:

@@ -9,16 +9,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigError, StateError, need
+from ..errors import ConfigError, need, unknown_text
 from .data import Data, load_data
+from .folder import check_output, open_run, times_resumed, write_json
+from .metrics import LOWER_IS_BETTER, METRICS, metrics_of
 from .result import Result, commit, draw_plot, hardware, load_result, peak_memory, reset_peak_memory, versions
 from .settings import Settings
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
-
-# Settings that may differ between the parts of one interrupted run.
-FREE = {"output", "resume", "plot", "keep_checkpoints"}
 
 
 def train(settings: Settings, callbacks: Sequence[Any] = ()) -> Result:
@@ -36,20 +35,19 @@ def train(settings: Settings, callbacks: Sequence[Any] = ()) -> Result:
         raise need("transformers", "cli", "Training") from e
     from ..baselines import METHODS
     from .loading import load_base
-    from .metrics import metrics_of
     from .tokens import chat_template, collator, encode
-    from .trainer import AdapterTrainer, delete_broken, last_checkpoint, write_json
+    from .trainer import AdapterTrainer, Patience, delete_broken, last_checkpoint
 
     started = time.perf_counter()
     reset_peak_memory()
     folder, checkpoints = Path(settings.output), Path(settings.output) / "checkpoints"
-    _check_output(settings, folder)
+    check_output(settings, folder)
     data = load_data(settings)
     if data.validation is None and (settings.best or settings.patience):
         raise ConfigError("best and patience need validation data: name a file, a split, or a share such as 0.1")
     args = _arguments(settings, data, checkpoints)
     with args.main_process_first():  # the others must see the folder as the first leaves it
-        resumed = _open_run(settings, folder, data, write_json) if args.process_index == 0 else _count(folder)
+        resumed = open_run(settings, folder, data.hashes) if args.process_index == 0 else times_resumed(folder)
         if args.process_index == 0:
             delete_broken(checkpoints)
         found = last_checkpoint(checkpoints)
@@ -64,8 +62,8 @@ def train(settings: Settings, callbacks: Sequence[Any] = ()) -> Result:
         for name, rows in splits.items()
     }
     for name in ("validation", "test"):  # rows of like length together: half the padding; the metrics don't see the order
-        if sets[name]:
-            sets[name] = sorted(sets[name], key=lambda row: len(row["input_ids"]))  # type: ignore[type-var]
+        if found_rows := sets[name]:
+            sets[name] = sorted(found_rows, key=lambda row: len(row["input_ids"]))
 
     compute, preprocess = metrics_of(settings.task)
     with _quiet(settings):
@@ -79,7 +77,7 @@ def train(settings: Settings, callbacks: Sequence[Any] = ()) -> Result:
             data_collator=collator(base.tokenizer.pad_token_id or 0),
             compute_metrics=compute,
             preprocess_logits_for_metrics=preprocess,
-            callbacks=[*([_Patience(settings)] if settings.patience else []), *callbacks],
+            callbacks=[*([Patience(settings.resolved_metric, settings.patience)] if settings.patience else []), *callbacks],
         )
         trainer.remove_callback(transformers.PrinterCallback)
         if found and found[1]["stop"]:  # it was killed after its last step: nothing is left to train
@@ -128,62 +126,6 @@ def train(settings: Settings, callbacks: Sequence[Any] = ()) -> Result:
     return result or load_result(folder)
 
 
-def _check_output(settings: Settings, folder: Path) -> None:
-    """Refuses what would only fail after the training."""
-    if (folder / "result.json").exists() and settings.resume is not False:
-        raise StateError(
-            f"{folder} holds a finished run. Name another output folder, or start anew with resume: no (--no-resume)."
-        )
-    if settings.plot:
-        try:
-            import matplotlib  # noqa: F401
-        except ImportError as e:
-            raise need("matplotlib", "cli", "plot.png (or set plot: no)") from e
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink(missing_ok=True)
-    except OSError as e:
-        raise ConfigError(f"can't write to the output folder {folder}: {e.strerror or e}") from e
-
-
-def _open_run(settings: Settings, folder: Path, data: Data, write_json: Any) -> int:
-    """Marks the folder as this run's; how often the run was interrupted before. StateError where it is another's."""
-    mark = folder / "run.json"
-    mine = {"settings": {k: v for k, v in settings.to_dict().items() if k not in FREE}, "data": dict(data.hashes)}
-    resumed = 0
-    if settings.resume is False:
-        for name in ("result.json", "run.json"):
-            (folder / name).unlink(missing_ok=True)
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    elif mark.exists():
-        try:
-            old = json.loads(mark.read_text(encoding="utf-8"))
-        except ValueError:
-            old = {"settings": {}, "data": {}}
-        changed = [
-            f"{part}: {k} was {old[part].get(k)!r}, now {mine[part].get(k)!r}"
-            for part in ("settings", "data")
-            for k in sorted({*old[part], *mine[part]})
-            if old[part].get(k) != mine[part].get(k)
-        ]
-        if changed:
-            raise StateError(
-                f"{folder} holds an interrupted run of other settings or data; start anew with resume: no (--no-resume), or name "
-                "another output folder. Different: " + "; ".join(changed[:8])
-            )
-        resumed = int(old.get("resumed", 0)) + 1
-    elif settings.resume:
-        raise StateError(f"resume: {folder} holds no interrupted run")
-    write_json(mark, {**mine, "resumed": resumed})
-    return resumed
-
-
-def _count(folder: Path) -> int:
-    return int(json.loads((folder / "run.json").read_text(encoding="utf-8")).get("resumed", 0))
-
-
 def _arguments(settings: Settings, data: Data, checkpoints: Path) -> "TrainingArguments":
     """transformers' TrainingArguments for these settings; ConfigError where it refuses them."""
     from transformers import TrainingArguments
@@ -193,12 +135,8 @@ def _arguments(settings: Settings, data: Data, checkpoints: Path) -> "TrainingAr
             return {f"{kind}_strategy": "no"}
         return {f"{kind}_strategy": "epoch"} if value == "epoch" else {f"{kind}_strategy": "steps", f"{kind}_steps": value}
 
-    from .metrics import LOWER_IS_BETTER, METRICS
-
     metric = settings.resolved_metric
     if metric not in METRICS[settings.task]:
-        from ..errors import unknown_text
-
         raise ConfigError(unknown_text(f"metric of {settings.task}", metric, METRICS[settings.task]))
     fields: dict[str, Any] = {
         "output_dir": str(checkpoints.resolve()),
@@ -229,28 +167,6 @@ def _arguments(settings: Settings, data: Data, checkpoints: Path) -> "TrainingAr
         return TrainingArguments(**fields)
     except (ValueError, TypeError, ImportError) as e:
         raise ConfigError(f"transformers refuses these training settings: {e}") from e
-
-
-def _patience_left(history: Sequence[dict[str, float]], metric: str, lower: bool, patience: int) -> bool:
-    """Whether one of the last `patience` evaluations was better than all before them."""
-    values = [h[f"eval_{metric}"] * (-1 if lower else 1) for h in history if f"eval_{metric}" in h]
-    return len(values) <= patience or max(values[-patience:]) > max(values[:-patience])
-
-
-def _Patience(settings: Settings) -> Any:
-    """Early stopping that reads the log alone, so an interrupted run stops where an uninterrupted one does."""
-    from transformers import TrainerCallback
-
-    from .metrics import LOWER_IS_BETTER
-
-    metric = settings.resolved_metric
-
-    class Patience(TrainerCallback):
-        def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if not _patience_left(state.log_history, metric, metric in LOWER_IS_BETTER, settings.patience or 1):
-                control.should_training_stop = True
-
-    return Patience()
 
 
 def _restore_end(trainer: Any, checkpoint: Path) -> None:

@@ -1,6 +1,7 @@
 """Settings: one run, from flags, a YAML file or Python. All faults are listed at once; the descriptions are the CLI's help."""
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -140,11 +141,11 @@ class Settings(BaseModel):
     @field_validator("data", "text", "columns", "targets", mode="before")
     @classmethod
     def _split(cls, value: Any, info: Any) -> Any:
-        # One string is a list by commas, as typed on the command line; targets may also be one regular expression.
+        # One string is a list by commas, as typed on the command line; of targets it may also be one regular expression.
         if isinstance(value, (str, Path)):
             text = str(value)
-            if info.field_name == "targets":
-                return tuple(p.strip() for p in text.split(",")) if "," in text and not set("(\\[|*") & set(text) else text
+            if info.field_name == "targets" and (text == "all-linear" or not re.fullmatch(r"[\w.:, -]+", text)):
+                return text
             return tuple(p.strip() for p in text.split(",") if p.strip())
         return tuple(str(v) for v in value) if isinstance(value, (list, tuple)) else value
 

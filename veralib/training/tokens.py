@@ -139,14 +139,14 @@ def _encode_chat(rows, tokenizer, settings: Settings, max_length: int, where: st
     examples = []
     for number, messages in enumerate(column_values(rows, settings.text_columns[0], where), 1):
         at = f"row {number} of {where}"
-        _check_messages(messages, at)
-        whole = _render(tokenizer, messages, at)
+        check_messages(messages, at, answered=True)
+        whole = render(tokenizer, messages, at)
         labels = [IGNORED] * len(whole)
         for i, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            before = _render(tokenizer, messages[:i], at, add_generation_prompt=True) if i else []
-            after = _render(tokenizer, messages[: i + 1], at)
+            before = render(tokenizer, messages[:i], at, add_generation_prompt=True) if i else []
+            after = render(tokenizer, messages[: i + 1], at)
             if whole[: len(after)] != after or after[: len(before)] != before:
                 raise DataError(
                     f"{at}: the chat template renders turn {i + 1} differently when more turns follow, so the answer's tokens "
@@ -157,7 +157,8 @@ def _encode_chat(rows, tokenizer, settings: Settings, max_length: int, where: st
     return examples
 
 
-def _render(tokenizer, messages, at: str, add_generation_prompt: bool = False) -> list[int]:
+def render(tokenizer: Any, messages: Sequence[Any], at: str, add_generation_prompt: bool = False) -> list[int]:
+    """The tokens of messages under the tokenizer's chat template; DataError where the template refuses them."""
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
     except Exception as e:  # jinja2's errors, and what a template raises itself
@@ -165,13 +166,14 @@ def _render(tokenizer, messages, at: str, add_generation_prompt: bool = False) -
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def _check_messages(messages: Any, at: str) -> None:
+def check_messages(messages: Any, at: str, answered: bool = False) -> None:
+    """DataError where a row's messages aren't a chat, or none of them is the assistant's though one must be."""
     good = isinstance(messages, (list, tuple)) and all(
         isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), (str, list)) for m in messages
     )
     if not good or not messages:
         raise DataError(f'{at}: expected a list of {{"role": …, "content": …}}, found {str(messages)[:80]!r}')
-    if not any(m["role"] == "assistant" for m in messages):
+    if answered and not any(m["role"] == "assistant" for m in messages):
         raise DataError(f"{at}: no message is the assistant's, so there is nothing to learn")
 
 

@@ -19,6 +19,8 @@ from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainerState
 
 from ..baselines.base import Attached
+from .folder import write_json
+from .metrics import LOWER_IS_BETTER
 from .settings import Settings
 
 SEAL = "sealed.json"
@@ -30,6 +32,8 @@ class AdapterTrainer(Trainer):
 
     def __init__(self, attached: Attached, settings: Settings, elapsed: float = 0.0, **kwargs: Any) -> None:
         self.attached, self.settings = attached, settings
+        self.rows: Sequence[Any] = kwargs["train_dataset"]
+        self.folder = Path(kwargs["args"].output_dir)
         self.elapsed, self.paused, self.started = elapsed, 0.0, time.perf_counter()
         super().__init__(model=attached.model, **kwargs)
         self.add_callback(_Order(self))
@@ -44,14 +48,13 @@ class AdapterTrainer(Trainer):
             groups = self.attached.parameter_groups(
                 self.settings.resolved_lr, self.settings.resolved_lr_head, self.settings.weight_decay
             )
-            kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args)
             self.optimizer = kind(groups, **options)
         return self.optimizer
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
-        rows = self.train_dataset if train_dataset is None else train_dataset
-        lengths = [len(row["input_ids"]) for row in rows] if self.settings.group_by_length else None
-        self.order = SeededOrder(len(rows), self.settings.seed, lengths, self.args.train_batch_size * 50)
+        lengths = [len(row["input_ids"]) for row in self.rows] if self.settings.group_by_length else None
+        self.order = SeededOrder(len(self.rows), self.settings.seed, lengths, self.args.train_batch_size * 50)
         return self.order
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -61,7 +64,7 @@ class AdapterTrainer(Trainer):
         return out
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(output_dir) if output_dir else self.folder
         folder.mkdir(parents=True, exist_ok=True)
         save_file({k: v.cpu().contiguous() for k, v in self.attached.state().items()}, folder / TENSORS)
 
@@ -78,10 +81,10 @@ class AdapterTrainer(Trainer):
         if self.args.world_size > 1:
             torch.distributed.barrier()  # the seal comes after every process has written its random state
         if self.args.should_save:
-            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            folder = self.folder / f"checkpoint-{self.state.global_step}"
             seal(folder, {"seconds": seconds, "stop": self.control.should_training_stop})
             best = self.state.best_model_checkpoint
-            for old in Path(self.args.output_dir).glob("checkpoint-*"):
+            for old in self.folder.glob("checkpoint-*"):
                 if old != folder and not (self.args.load_best_model_at_end and best and old.name == Path(best).name):
                     shutil.rmtree(old, ignore_errors=True)
         self.paused += time.perf_counter() - start
@@ -130,6 +133,19 @@ class _Order(TrainerCallback):
         self.trainer.started, self.trainer.paused = time.perf_counter(), 0.0
 
 
+class Patience(TrainerCallback):
+    """Early stopping that reads the log alone, so an interrupted run stops where an uninterrupted one does."""
+
+    def __init__(self, metric: str, patience: int) -> None:
+        self.metric, self.patience, self.sign = metric, patience, -1 if metric in LOWER_IS_BETTER else 1
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        key = f"eval_{self.metric}"
+        values = [self.sign * h[key] for h in state.log_history if key in h]
+        if len(values) > self.patience and max(values[-self.patience :]) <= max(values[: -self.patience]):
+            control.should_training_stop = True
+
+
 def seal(folder: Path, facts: dict[str, Any]) -> None:
     """Closes a checkpoint: every file is on the disk before the seal is."""
     files = {}
@@ -162,14 +178,3 @@ def delete_broken(folder: Path) -> None:
     for path in folder.glob("checkpoint-*"):
         if unsealed(path) is None:
             shutil.rmtree(path, ignore_errors=True)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON under another name, then renames it: the file is whole or as it was."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", encoding="utf-8") as f:
-        json.dump(value, f, indent=1, ensure_ascii=False)
-        f.write("\n")
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(partial, path)

@@ -1,0 +1,227 @@
+"""predict: what a finished run, or an adapter file, says of new rows; each row may name an adapter of its own."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import AdapterFileError, ConfigError, DataError
+from .data import Row, column_values, read_rows
+from .settings import Settings
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where predictions come from: a run's folder, or an adapter file or folder with the notes that a run leaves in it."""
+
+    path: Path | str
+    settings: Settings
+    labels: tuple[str, ...]
+    head: bool
+    """Whether the adapter brings its own head."""
+
+
+def predict(
+    adapter: str | Path,
+    data: str | Path | Sequence[Row],
+    *,
+    adapter_column: str | None = None,
+    batch_size: int = 32,
+    max_new_tokens: int = 64,
+    **changes: Any,
+) -> Iterator[dict[str, Any]]:
+    """Each row of `data` with a prediction: the label and its probability (score), a number, or generated text.
+
+    adapter: a run's folder, an adapter file, a PEFT folder, or a hub id. data: a file, or rows. adapter_column: a column that
+    names an adapter for each row, a path seen from the data file's folder or the present one; empty: the base model (which
+    has no trained head). changes: settings that differ from the run's, model and text for two.
+    Errors: DataError, ConfigError, AdapterFileError, AdapterMismatch; all of them before the first row comes.
+    """
+    source = find_source(adapter, changes)
+    rows = read_rows(data, source.settings.columns) if isinstance(data, (str, Path)) else list(data)
+    if not rows:
+        raise DataError("there are no rows to predict")
+    folder = Path(data).parent if isinstance(data, (str, Path)) else Path()
+    names = column_values(rows, adapter_column, "the data") if adapter_column else None
+    model, tokenizer, max_length, choose = _load(source, names, folder)
+    columns = source.settings.text_columns
+    if source.settings.task == "prompt-completion":
+        columns = columns[:1]
+    for column in columns:
+        column_values(rows, column, "the data")
+    return _predict(source, rows, model, tokenizer, columns, max_length, choose, batch_size, max_new_tokens)
+
+
+def find_source(adapter: str | Path, changes: Mapping[str, Any] | None = None) -> Source:
+    """The Source that a path or hub id stands for; `changes` are settings that win over those it was trained with."""
+    changes = {k: v for k, v in (changes or {}).items() if v is not None}
+    labels = changes.pop("labels", None)
+    folder = Path(adapter)
+    if (folder / "result.json").is_file():
+        from .result import load_result
+
+        result = load_result(folder)
+        settings = Settings(**{**result.settings, **changes})
+        # The run's output folder may have been moved since.
+        return Source(folder, settings, tuple(labels or result.labels), settings.task in ("classification", "regression"))
+    loaded = read_adapter(adapter)
+    notes = loaded.notes
+    head = any(state for state in loaded.modules.values())
+    fields: dict[str, Any] = {
+        "model": loaded.base.id,
+        "data": ("none",),
+        "task": notes.get("task") or ("classification" if head else "causal-lm"),
+        **({"text": json.loads(notes["text"])} if "text" in notes else {}),
+        **({"max_length": int(notes["max_length"])} if "max_length" in notes else {}),
+        **changes,
+    }
+    if not fields["model"]:
+        raise ConfigError(f"{adapter} doesn't say which base model it was trained on: name it with model (--model)")
+    labels = tuple(labels or json.loads(notes.get("labels", "[]")))
+    if fields["task"] == "classification" and not labels:
+        count = _outputs(loaded)
+        if not count:
+            raise ConfigError(f"{adapter} has no labels in its notes and no head to count them by: give labels (--labels)")
+        labels = tuple(str(i) for i in range(count))
+    return Source(adapter, Settings(**fields), labels, head)
+
+
+def read_adapter(source: str | Path) -> Any:
+    """The Adapter of a veralib file or folder, a folder that PEFT saved, a run's folder, or a hub id."""
+    from ..format import load_adapter
+    from ..interop import hub
+    from ..interop.folder import is_peft_folder
+    from ..interop.peft import read_peft
+
+    path = Path(source)
+    if hub.is_hub_id(str(source)) and not path.exists():
+        path = hub.download(str(source))
+    return read_peft(path) if is_peft_folder(path) else load_adapter(path)
+
+
+def _outputs(adapter: Any) -> int:
+    """The number of classes of an adapter's head: the outputs of its last weight."""
+    weights = [t for state in adapter.modules.values() for k, t in state.items() if k.endswith("weight") and t.dim() == 2]
+    return weights[-1].shape[0] if weights else 0
+
+
+def _load(source: Source, names: Sequence[Any] | None, folder: Path):
+    """(model, tokenizer, max_length, choose): choose(rows' positions) is the context that gives each row its adapter."""
+    import contextlib
+
+    import torch
+
+    from ..baselines import METHODS
+    from .loading import load_base
+    from .tokens import chat_template
+
+    torch.manual_seed(source.settings.seed)
+    base = load_base(source.settings, source.labels)
+    chat_template(source.settings, base.tokenizer)
+    path = Path(source.path)
+    if source.settings.method != "vera" and (path / "result.json").is_file():
+        if names is not None:
+            raise ConfigError(
+                f"an adapter for each row needs VeRA adapters, and {path} was trained with {source.settings.method}"
+            )
+        attached = METHODS[source.settings.method](base.model, source.settings, base.head)
+        attached.load(path)
+        return attached.model, base.tokenizer, base.max_length, lambda positions: contextlib.nullcontext()
+
+    from ..model import attach
+
+    vera = attach(base.model)
+    if names is None:
+        vera.load(read_adapter(source.path), name="adapter")
+        vera.use("adapter")
+        return base.model, base.tokenizer, base.max_length, lambda positions: contextlib.nullcontext()
+    given = [str(name).strip() or None for name in names]
+    for name in dict.fromkeys(n for n in given if n):
+        other = find_source(_resolve(name, folder), {"model": source.settings.model})
+        if (other.settings.task, other.labels) != (source.settings.task, source.labels):
+            raise ConfigError(
+                f'the rows\' adapters must share one task and its labels; "{name}" has {other.settings.task} '
+                f"{list(other.labels)}, the first one {source.settings.task} {list(source.labels)}. Predict them one by one."
+            )
+        vera.load(read_adapter(other.path), name=name)
+    return base.model, base.tokenizer, base.max_length, lambda positions: vera.rows([given[i] for i in positions])
+
+
+def _resolve(name: str, folder: Path) -> str:
+    """The path that a row's name means; a hub id stays what it is."""
+    found = next((p for p in (folder / name, Path(name)) if p.exists()), None)
+    from ..interop import hub
+
+    if found is None and not hub.is_hub_id(name):
+        raise AdapterFileError(
+            f'a row names the adapter "{name}", and there is none at {folder / name} or {Path(name).absolute()}'
+        )
+    return str(found or name)
+
+
+def _predict(source, rows, model, tokenizer, columns, max_length, choose, batch_size, max_new_tokens) -> Iterator[dict[str, Any]]:
+    import torch
+
+    from . import tokens
+
+    device = next(model.parameters()).device
+    model.eval()
+    if source.settings.task in ("classification", "regression"):
+        examples = tokens.inputs(rows, tokenizer, columns, max_length, "the data")
+        collate = tokens.collator(tokenizer.pad_token_id or 0)
+    else:
+        examples = [{"input_ids": ids} for ids in _prompts(rows, tokenizer, source.settings, max_length)]
+        collate = _left_collator(tokenizer.pad_token_id or 0)
+    for start in range(0, len(rows), batch_size):
+        positions = range(start, min(start + batch_size, len(rows)))
+        batch = {k: v.to(device) for k, v in collate([examples[i] for i in positions]).items()}
+        with torch.inference_mode(), choose(positions):
+            if source.settings.task in ("classification", "regression"):
+                answers = _classes(model(**batch).logits.float(), source)
+            else:
+                made = model.generate(
+                    **batch, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
+                )
+                texts = tokenizer.batch_decode(made[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+                answers = [{"prediction": text} for text in texts]
+        for i, answer in zip(positions, answers, strict=True):
+            yield {**rows[i], **answer}
+
+
+def _classes(logits: Any, source: Source) -> list[dict[str, Any]]:
+    if source.settings.task == "regression":
+        return [{"prediction": float(v)} for v in logits.reshape(-1)]
+    score, best = logits.softmax(-1).max(-1)
+    return [{"prediction": source.labels[b], "score": round(float(s), 6)} for b, s in zip(best.tolist(), score, strict=True)]
+
+
+def _prompts(rows: Sequence[Row], tokenizer: Any, settings: Settings, max_length: int) -> list[list[int]]:
+    """Each row's prompt in tokens; of a chat, everything before a last answer. Too long a prompt keeps its end."""
+    from .tokens import check_messages, prompt_ids, render
+
+    values = column_values(rows, settings.text_columns[0], "the data")
+    if settings.task != "chat":
+        return [prompt_ids(tokenizer, str(v))[-max_length:] for v in values]
+    prompts = []
+    for number, messages in enumerate(values, 1):
+        at = f"row {number} of the data"
+        check_messages(messages, at)
+        asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+        prompts.append(render(tokenizer, asked, at, add_generation_prompt=True)[-max_length:])
+    return prompts
+
+
+def _left_collator(pad_id: int):
+    """Pads on the left, where generate wants it."""
+    import torch
+
+    def collate(examples: Sequence[Mapping[str, list[int]]]) -> dict[str, Any]:
+        width = max(len(e["input_ids"]) for e in examples)
+        gaps = [width - len(e["input_ids"]) for e in examples]
+        return {
+            "input_ids": torch.tensor([[pad_id] * gap + e["input_ids"] for gap, e in zip(gaps, examples, strict=True)]),
+            "attention_mask": torch.tensor([[0] * gap + [1] * (width - gap) for gap in gaps]),
+        }
+
+    return collate
