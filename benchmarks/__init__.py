@@ -1,0 +1,1 @@
+"""Speed and memory of veralib beside Hugging Face PEFT: `python -m benchmarks.bench` (docs/benchmarks.md)."""
