@@ -83,7 +83,8 @@ class VeraConfig:
             raise ConfigError("VeraConfig: " + "; ".join(faults) + ".")
 
     def __hash__(self) -> int:
-        return hash(str(sorted(self.to_dict().items(), key=str)))
+        values = (getattr(self, f.name) for f in dataclasses.fields(self))
+        return hash(tuple(frozenset(v.items()) if isinstance(v, Mapping) else v for v in values))
 
     @property
     def d_start(self) -> float:
@@ -98,17 +99,25 @@ class VeraConfig:
         return 1.0 if self.train == "d" else self.b_initial
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types; the seed as a decimal string, since JSON numbers aren't safe beyond 2⁵³."""
+        """Plain JSON types; the seed as a decimal string, since JSON numbers aren't safe beyond 2⁵³, and a rank mapping as
+        [[pattern, rank], …], since its order counts and JSON objects have none."""
         out = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         out["seed"] = str(self.seed)
+        if isinstance(self.rank, Mapping):
+            out["rank"] = [list(item) for item in self.rank.items()]
         return {k: list(v) if isinstance(v, tuple) else v for k, v in out.items()}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "VeraConfig":
         """The config that to_dict() wrote; ConfigError on unknown fields or faults."""
         values = dict(fields)
-        if isinstance(values.get("seed"), str) and values["seed"].isdecimal():
+        if isinstance(values.get("seed"), str) and re.fullmatch("[0-9]{1,20}", values["seed"]):
             values["seed"] = int(values["seed"])
+        if isinstance(values.get("rank"), list):
+            try:
+                values["rank"] = dict(values["rank"])
+            except (TypeError, ValueError):
+                raise ConfigError(f"VeraConfig: rank is {values['rank']!r}, expected [[pattern, rank], …].") from None
         return cls(**values)
 
     def replace(self, **changes: Any) -> "VeraConfig":

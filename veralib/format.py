@@ -72,7 +72,7 @@ def save_adapter(adapter: Adapter, path: str | os.PathLike[str], dtype: torch.dt
     contradicts itself. Warns where the adapter changes nothing.
     """
     file = Path(os.fsdecode(path))
-    if file.suffix != ".safetensors" or file.is_dir():
+    if file.suffix != ".safetensors" or os.path.isdir(file):
         file = file / FILE_NAME
     if wrong := list(islice(writing_faults(adapter), 4)) or list(islice(faults(adapter), 4)):
         raise AdapterFileError(f"the adapter can't be saved to {file}: {_listed(wrong)}. Nothing was written.")
@@ -300,15 +300,13 @@ def _shape(value: Any) -> tuple[int, int]:
 def _adapter(header: Header, found: dict[str, Tensor]) -> Adapter:
     """The Adapter of a header and its tensors, each put where its name says; one without a place is refused."""
     layers = header.base.layers
-    owner = {f"module.{module}.{key}": (module, key) for module, keys in header.modules.items() for key in keys}
-    modules: dict[str, dict[str, Tensor]] = {module: {} for module in header.modules}
+    owned = {f"module.{module}.{key}" for module, keys in header.modules.items() for key in keys}
     vectors: dict[str, dict[str, Tensor]] = {}
     biases, pair = {}, {}
     for name, tensor in found.items():
         stem, _, leaf = name.rpartition(".")
-        if name in owner:
-            module, key = owner[name]
-            modules[module][key] = tensor
+        if name in owned:
+            continue
         elif leaf in ("d", "b") and layer_of(stem) in layers:
             vectors.setdefault(stem, {})[leaf] = tensor if tensor.dtype is torch.float32 else _wide(header, name, tensor)
         elif leaf == "bias" and stem in layers:
@@ -321,7 +319,9 @@ def _adapter(header: Header, found: dict[str, Tensor]) -> Adapter:
                 f'nothing is known of its tensor "{name}": known are <unit>.d, <unit>.b, <layer>.bias, basis.A, basis.B and '
                 "module.<name>.<key>, of the layers and modules in its metadata",
             )
-    if absent := owner.keys() - found.keys():
+    if len(owned) != sum(map(len, header.modules.values())):
+        raise _broken(header.file, "its modules name a tensor twice")
+    if absent := owned - found.keys():
         raise _broken(header.file, f'it has no tensor "{min(absent)}"')
     if alone := [unit for unit, both in vectors.items() if len(both) != 2]:
         raise _broken(header.file, f'"{alone[0]}" has {next(iter(vectors[alone[0]]))} but not the other vector')
@@ -334,7 +334,7 @@ def _adapter(header: Header, found: dict[str, Tensor]) -> Adapter:
         vectors={unit: (both["d"], both["b"]) for unit, both in vectors.items()},
         layer_ids=header.layer_ids,
         biases=biases,
-        modules=modules,
+        modules={m: {key: found[f"module.{m}.{key}"] for key in keys} for m, keys in header.modules.items()},
         notes=header.notes,
     )
 
