@@ -21,6 +21,13 @@ from .parse import adapter_from_peft, require_shapes, translate, with_shapes
 if TYPE_CHECKING:
     from ..model import Vera
 
+# What PEFT's PeftModelFor… classes add to modules_to_save.
+_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+
 
 def read_peft(folder: str | Path, model: nn.Module | None = None) -> Adapter:
     """The Adapter in a folder that PEFT saved with peft_type VERA, basis kind "peft".
@@ -82,8 +89,9 @@ def write_peft(adapter: Adapter, folder: str | Path, save_projection: bool | Non
 def config_from_peft(peft_config: Any, model: nn.Module | None = None) -> VeraConfig:
     """The VeraConfig that means the same as a peft.VeraConfig, basis "peft"; attach accepts either.
 
-    model: where target_modules is None, its architecture gives PEFT's default targets. ConfigError for another PEFT method
-    and for what veralib doesn't do: biases trained, init_weights=False.
+    model: the base model, for what PEFT takes from it: its default targets where target_modules is None, and the heads that
+    task_type adds to modules_to_save. ConfigError for another PEFT method and for what veralib doesn't do: biases trained,
+    init_weights=False.
     """
     fields = peft_config.to_dict() if hasattr(peft_config, "to_dict") else dict(peft_config)
     if (method := method_of(fields)) != "VERA":
@@ -101,10 +109,13 @@ def config_from_peft(peft_config: Any, model: nn.Module | None = None) -> VeraCo
             VeraWarning,
             stacklevel=2,
         )
-    targets = None
-    if fields.get("target_modules") is None and model is not None:
-        targets = _default_targets(getattr(getattr(model, "config", None), "model_type", ""))
-    return translate(fields, targets=targets, modules=tuple(fields.get("modules_to_save") or ()))
+    targets, modules = None, list(fields.get("modules_to_save") or ())
+    if model is not None:
+        if fields.get("target_modules") is None:
+            targets = _default_targets(getattr(getattr(model, "config", None), "model_type", ""))
+        task = str(getattr(fields.get("task_type"), "value", fields.get("task_type")))
+        modules += [name for name in _HEADS.get(task, ()) if hasattr(model, name) and name not in modules]
+    return translate(fields, targets=targets, modules=tuple(modules))
 
 
 def from_peft(peft_model: Any) -> "Vera":
