@@ -1,8 +1,8 @@
 """Fused layouts, held to what the models compute: which output rows act as query, key, value, gate, up.
 
 Nothing here repeats a model's split. The fused linear's output is replaced by a leaf Y, and derivatives tell its rows apart:
-a query acts on its own position alone; with the values at 0, attention's output no longer depends on queries and keys, only
-on the values; an MLP is linear in `up` and not in `gate`.
+a query acts on its own position alone; with the values at 0 attention depends on nothing but the values; an MLP is linear
+in what multiplies the activation. Cross attention, where no query is fused, is told by the values alone.
 """
 
 import pytest
@@ -12,39 +12,221 @@ from torch import nn
 from veralib.fused import part_rows, parts, parts_of
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+GPT = {"n_embd": 32, "n_layer": 1, "n_head": 4, "vocab_size": 64}
+GQA = {"num_key_value_heads": 2}
 NO_DROPOUT = {"attention_dropout": 0.0, "hidden_dropout": 0.0}
+VISION = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+VISION |= {"image_size": 16, "patch_size": 4}
+BERT_IDS = {"pad_token_id": 0, "cls_token_id": 1, "sep_token_id": 2, "bos_token_id": 1, "eos_token_id": 2}
+DBRX = {"d_model": 32, "n_heads": 4, "n_layers": 1, "vocab_size": 64, "max_seq_len": 32}
+DBRX |= {
+    "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
+    "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 2, "moe_top_k": 1},
+}
 MLA = {"num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 6}
 MLA |= {"v_head_dim": 10, "first_k_dense_replace": 1, "n_routed_experts": 4}
 DELTA = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 6, "linear_value_head_dim": 10}
-DELTA |= {"layer_types": ["linear_attention"], "num_key_value_heads": 2, "head_dim": 8}
-VISION = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
-IMAGE = {"image_size": 16, "patch_size": 4}
+DELTA |= {
+    "num_hidden_layers": 2,
+    "layer_types": ["full_attention", "linear_attention"],
+    "head_dim": 8,
+    "num_experts": 2,
+    "num_experts_per_tok": 1,
+}
 
-# model, config changes, the fused linear's name, its parts
+# What is tested: model class, changes to its config's defaults, the fused linear.
 ATTENTION = {
-    "gpt2": ("GPT2Model", {"n_embd": 32, "n_layer": 1, "n_head": 4, "vocab_size": 64}, "h.0.attn.c_attn"),
-    "gpt2-cross": ("GPT2Model", {"n_embd": 32, "n_layer": 1, "n_head": 4, "vocab_size": 64, "add_cross_attention": True}, "h.0.attn.c_attn"),
-    "openai-gpt": ("OpenAIGPTModel", {"n_embd": 32, "n_layer": 1, "n_head": 4, "vocab_size": 64}, "h.0.attn.c_attn"),
-    "imagegpt": ("ImageGPTModel", {"n_embd": 32, "n_layer": 1, "n_head": 4, "vocab_size": 64}, "h.0.attn.c_attn"),
-    "bigcode-mqa": ("GPTBigCodeModel", {"n_embd": 32, "n_layer": 1, "n_head": 4, "vocab_size": 64}, "h.0.attn.c_attn"),
-    "bigcode-mha": ("GPTBigCodeModel", {"n_embd": 32, "n_layer": 1, "n_head": 4, "vocab_size": 64, "multi_query": False}, "h.0.attn.c_attn"),
-    "phi3": ("Phi3Model", SMALL | {"num_key_value_heads": 2, "pad_token_id": 0}, "layers.0.self_attn.qkv_proj"),
+    "gpt2": ("GPT2Model", GPT, "h.0.attn.c_attn"),
+    "gpt2-cross": ("GPT2Model", GPT | {"add_cross_attention": True}, "h.0.crossattention.c_attn"),
+    "openai-gpt": ("OpenAIGPTModel", GPT, "h.0.attn.c_attn"),
+    "imagegpt": ("ImageGPTModel", GPT, "h.0.attn.c_attn"),
+    "bigcode-multi-query": ("GPTBigCodeModel", GPT, "h.0.attn.c_attn"),
+    "bigcode-multi-head": ("GPTBigCodeModel", GPT | {"multi_query": False}, "h.0.attn.c_attn"),
+    "phi3": ("Phi3Model", SMALL | GQA | {"pad_token_id": 0}, "layers.0.self_attn.qkv_proj"),
+    "minimax": (
+        "MiniMaxModel",
+        SMALL | GQA | {"layer_types": ["linear_attention"], "num_local_experts": 2, "head_dim": 8, "block_size": 4},
+        "layers.0.self_attn.qkv_proj",
+    ),
     "gpt-neox": ("GPTNeoXModel", SMALL | NO_DROPOUT, "layers.0.attention.query_key_value"),
-    "gpt-neox-japanese": ("GPTNeoXJapaneseModel", SMALL | NO_DROPOUT | {"intermediate_multiple_size": 2}, "layers.0.attention.query_key_value"),
-    "bloom": ("BloomModel", {"hidden_size": 32, "n_layer": 1, "n_head": 4, "vocab_size": 64}, "h.0.self_attention.query_key_value"),
+    "gpt-neox-japanese": ("GPTNeoXJapaneseModel", SMALL | NO_DROPOUT, "layers.0.attention.query_key_value"),
+    "bloom": (
+        "BloomModel",
+        {"hidden_size": 32, "n_layer": 1, "n_head": 4, "vocab_size": 64},
+        "h.0.self_attention.query_key_value",
+    ),
     "persimmon": ("PersimmonModel", SMALL, "layers.0.self_attn.query_key_value"),
     "falcon-7b": ("FalconModel", SMALL | {"multi_query": True}, "h.0.self_attention.query_key_value"),
     "falcon-rw": ("FalconModel", SMALL | {"multi_query": False, "alibi": True}, "h.0.self_attention.query_key_value"),
-    "falcon-40b": ("FalconModel", SMALL | {"new_decoder_architecture": True, "num_kv_heads": 2}, "h.0.self_attention.query_key_value"),
+    "falcon-40b": (
+        "FalconModel",
+        SMALL | {"new_decoder_architecture": True, "num_kv_heads": 2},
+        "h.0.self_attention.query_key_value",
+    ),
     "mpt": ("MptModel", {"d_model": 32, "n_heads": 4, "n_layers": 1, "vocab_size": 64}, "blocks.0.attn.Wqkv"),
-    "dbrx": ("DbrxModel", {"d_model": 32, "n_heads": 4, "n_layers": 1, "vocab_size": 64, "max_seq_len": 32,
-                           "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
-                           "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 2, "moe_top_k": 1}}, "blocks.0.norm_attn_norm.attn.Wqkv"),
-    "modernbert": ("ModernBertModel", SMALL | {"pad_token_id": 0, "cls_token_id": 1, "sep_token_id": 2, "bos_token_id": 1, "eos_token_id": 2}, "layers.0.attn.Wqkv"),
-    "codegen": ("CodeGenModel", {"n_embd": 64, "n_layer": 1, "n_head": 4, "rotary_dim": 8, "vocab_size": 64}, "h.0.attn.qkv_proj"),
-    "deberta": ("DebertaModel", SMALL | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}, "encoder.layer.0.attention.self.in_proj"),
-    "bark": ("BarkSemanticModel", {"hidden_size": 32, "num_layers": 1, "num_heads": 4, "input_vocab_size": 64, "output_vocab_size": 64}, "layers.0.attn.att_proj"),
-    "timesformer": ("TimesformerModel", VISION | IMAGE | {"num_frames": 1, "attention_type": "joint_space_time"}, "encoder.layer.0.attention.attention.qkv"),
-    "blip": ("BlipVisionModel", VISION | IMAGE, "encoder.layers.0.self_attn.qkv"),
-    "mgp-str": ("MgpstrModel", {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "image_size": [16, 16]}, "encoder.blocks.0.attn.qkv"),
-}  # fmt: skip
+    "dbrx": ("DbrxModel", DBRX, "blocks.0.norm_attn_norm.attn.Wqkv"),
+    "modernbert": ("ModernBertModel", SMALL | BERT_IDS, "layers.0.attn.Wqkv"),
+    "codegen": ("CodeGenModel", GPT | {"n_embd": 64, "rotary_dim": 8}, "h.0.attn.qkv_proj"),
+    "deberta": ("DebertaModel", SMALL, "encoder.layer.0.attention.self.in_proj"),
+    "bark": (
+        "BarkSemanticModel",
+        {"hidden_size": 32, "num_layers": 1, "num_heads": 4, "input_vocab_size": 64, "output_vocab_size": 64},
+        "layers.0.attn.att_proj",
+    ),
+    "blip": ("BlipVisionModel", VISION, "encoder.layers.0.self_attn.qkv"),
+    "timesformer": (
+        "TimesformerModel",
+        VISION | {"num_frames": 1, "attention_type": "joint_space_time"},
+        "encoder.layer.0.attention.attention.qkv",
+    ),
+    "deepseek-v3": ("DeepseekV3Model", SMALL | MLA, "layers.0.self_attn.kv_b_proj"),
+    "minicpm3": ("MiniCPM3Model", SMALL | MLA, "layers.0.self_attn.kv_b_proj"),
+    "qwen3.5": ("Qwen3_5TextModel", SMALL | GQA | DELTA, "layers.1.linear_attn.in_proj_qkv"),
+    "qwen3-next": ("Qwen3NextModel", SMALL | GQA | DELTA, "layers.1.linear_attn.in_proj_qkvz"),
+}
+
+MLP = {
+    "phi3": ("Phi3Model", SMALL | GQA | {"pad_token_id": 0}, "layers.0.mlp.gate_up_proj", "up"),
+    "glm": ("GlmModel", SMALL | GQA | {"head_dim": 8, "pad_token_id": 0}, "layers.0.mlp.gate_up_proj", "up"),
+    "glm4": ("Glm4Model", SMALL | GQA | {"head_dim": 8, "pad_token_id": 0}, "layers.0.mlp.gate_up_proj", "up"),
+    "modernbert": ("ModernBertModel", SMALL | BERT_IDS, "layers.0.mlp.Wi", "gate"),
+}
+
+
+def build(architecture: str, changes: dict) -> nn.Module:
+    import transformers
+
+    torch.manual_seed(0)
+    cls = getattr(transformers, architecture)
+    model = cls(cls.config_class(**changes)).eval()
+    for p in model.parameters():
+        p.requires_grad_(False)
+        if p.dim() > 1:
+            p.normal_(std=0.3)
+    return model
+
+
+def run(model: nn.Module) -> torch.Tensor:
+    """The last hidden state, (positions, width)."""
+    torch.manual_seed(1)
+    inputs = {"input_ids": torch.randint(3, 60, (1, 12))}
+    if model.main_input_name == "pixel_values":
+        inputs = {"pixel_values": torch.randn(1, 3, 16, 16)}
+        if type(model).__name__.startswith("Timesformer"):
+            inputs["pixel_values"] = inputs["pixel_values"][None]
+    if getattr(model.config, "add_cross_attention", False):
+        inputs["encoder_hidden_states"] = torch.randn(1, 9, model.config.hidden_size)
+    out = model(**inputs)
+    hidden = out.logits if "logits" in out else out[0]
+    return hidden.reshape(-1, hidden.shape[-1])
+
+
+def derivative(model: nn.Module, name: str, zero: torch.Tensor | slice | None) -> torch.Tensor:
+    """|∂ (the last position's output) / ∂ Y|, (positions, m), Y random but for its `zero` columns."""
+    leaves = []
+
+    def replace(module, args, out):
+        torch.manual_seed(2)
+        Y = torch.randn(out.shape)
+        if zero is not None:
+            Y[..., zero] = 0
+        leaves.append(Y.requires_grad_())
+        return Y
+
+    handle = model.get_submodule(name).register_forward_hook(replace)
+    try:
+        last = run(model)[-1]
+    finally:
+        handle.remove()
+    assert len(leaves) == 1
+    (last * torch.randn(last.shape)).sum().backward()
+    return leaves[0].grad.abs().reshape(-1, leaves[0].shape[-1])
+
+
+@pytest.mark.parametrize("case", ATTENTION)
+def test_parts_act_as_their_names_say(case):
+    architecture, changes, name = ATTENTION[case]
+    model = build(architecture, changes)
+    found = parts_of(model, name)
+    assert "v" in found and "k" in found
+
+    rows = torch.cat([torch.arange(model.get_submodule(name).weight.numel())[r] for r in found.values()])
+    outputs = sum(part_rows(r) for r in found.values())
+    assert sorted(rows.tolist()) == list(range(outputs))  # each row in one part
+
+    without_values = derivative(model, name, found["v"]).sum(0)
+    assert (without_values[found["v"]] > 0).all()
+    for part in found.keys() - {"v", "z"}:
+        assert (without_values[found[part]] == 0).all(), part
+
+    earlier = derivative(model, name, None)[:-4].sum(0)  # delta nets convolve the last 4 positions
+    assert (earlier[found["k"]] > 0).all() and (earlier[found["v"]] > 0).all()
+    for part in found.keys() & {"q", "z"}:
+        assert (earlier[found[part]] == 0).all(), part
+        assert (derivative(model, name, None)[-1][found[part]] > 0).all(), part
+
+
+@pytest.mark.parametrize("case", MLP)
+def test_gate_goes_through_the_activation(case):
+    architecture, changes, name, multiplier = MLP[case]
+    model = build(architecture, changes)
+    found = parts_of(model, name)
+    (other,) = found.keys() - {multiplier}
+    mlp, x = model.get_submodule(name.rpartition(".")[0]), torch.randn(5, 32)
+
+    def doubled(part: str) -> torch.Tensor:
+        def double(module, args, out):
+            out = out.clone()
+            out[..., found[part]] *= 2
+            return out
+
+        handle = model.get_submodule(name).register_forward_hook(double)
+        try:
+            return mlp(x)
+        finally:
+            handle.remove()
+
+    plain = mlp(x)
+    torch.testing.assert_close(doubled(multiplier), 2 * plain)
+    assert (doubled(other) - 2 * plain).abs().max() > 0.1 * plain.abs().max()
+
+
+def vision_attention(architecture: str, **changes):
+    """One attention layer of a vision tower whose forward packs images, and a call that runs it on 6 patches."""
+    import importlib
+
+    folder, cls, config = architecture.split(":")
+    module = importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")
+    configs = importlib.import_module(f"transformers.models.{folder}.configuration_{folder}")
+    settings = getattr(configs, config)(**changes)
+    settings._attn_implementation = "eager"
+    torch.manual_seed(0)
+    return getattr(module, cls)(settings).requires_grad_(False), settings
+
+
+PACKED = {
+    "qwen2.5-vl": ("qwen2_5_vl:Qwen2_5_VLVisionAttention:Qwen2_5_VLVisionConfig", {"hidden_size": 32, "num_heads": 4}),
+    "glm4v": ("glm4v:Glm4vVisionAttention:Glm4vVisionConfig", {"hidden_size": 32, "num_heads": 4}),
+    "exaone4.5": (
+        "exaone4_5:Exaone4_5_VisionAttention:Exaone4_5_VisionConfig",
+        {"hidden_size": 32, "num_heads": 4, "num_key_value_heads": 2},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", PACKED)
+def test_packed_vision_attention_has_its_values_where_parts_says(case):
+    attention, config = vision_attention(PACKED[case][0], **PACKED[case][1])
+    found = parts("visual.blocks.0.attn.qkv", attention.qkv, config)
+    Y = torch.randn(6, attention.qkv.out_features)
+    Y[:, found["v"]] = 0
+    attention.qkv.register_forward_hook(lambda module, args, out: Y.requires_grad_())
+    position = (torch.ones(6, 8), torch.zeros(6, 8))
+    out = attention(torch.randn(6, 32), cu_seqlens=torch.tensor([0, 6]), position_embeddings=position)
+    (out * torch.randn(out.shape)).sum().backward()
+    size = Y.grad.abs().sum(0)
+    assert (size[found["v"]] > 0).all()
+    assert (size[found["q"]] == 0).all() and (size[found["k"]] == 0).all()
+    assert {part: part_rows(rows) for part, rows in found.items()} == {
+        "q": 32, "k": 16 if "exaone" in case else 32, "v": 16 if "exaone" in case else 32,
+    }  # fmt: skip

@@ -90,9 +90,9 @@ def _contiguous(**sizes: int) -> Parts:
 def _interleaved(groups: int, **sizes: int) -> Parts:
     """`groups` blocks of rows, each holding `sizes` rows of every part in turn."""
     block = sum(sizes.values())
-    starts = torch.arange(groups)[:, None] * block
+    starts = torch.arange(groups, device="cpu")[:, None] * block  # the caller may build on meta
     return {
-        part: (starts + torch.arange(rows.start, rows.stop)).reshape(-1)  # type: ignore[union-attr]
+        part: (starts + torch.arange(rows.start, rows.stop, device="cpu")).reshape(-1)  # type: ignore[union-attr]
         for part, rows in _contiguous(**sizes).items()
     }
 

@@ -10,6 +10,8 @@ import hashlib
 import sys
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import count
+from math import gcd
 from typing import Any
 
 import torch
@@ -299,12 +301,14 @@ def _set_int8(module: nn.Module, data: Tensor, scale: Tensor) -> None:
 
 @lru_cache(maxsize=1024)
 def _hash_positions(m: int, n: int, conv1d: bool, device: torch.device) -> Tensor:
-    """Flat positions of the sampled entries, in storage order of the parameter: a fixed function of (m, n)."""
-    count = min(HASH_ENTRIES, m * n)
-    # A stride by an odd number near the golden ratio of m·n visits rows and columns evenly, and never one entry twice
-    # for the few that are taken.
-    step = max(1, int(m * n * 0.6180339887498949)) | 1
-    flat = sorted({k * step % (m * n) for k in range(count)})
+    """Flat positions of the sampled entries in the parameter's own storage order.
+
+    In W0 (m, n), row by row: 0, s, 2s … modulo m·n, sorted, where s is the first number from 0.618034 m·n on that has no
+    divisor in common with m·n: so none comes twice and they spread over rows and columns alike.
+    """
+    size = m * n
+    step = next(s for s in count(size * 618034 // 1000000 or 1) if gcd(s, size) == 1)
+    flat = sorted(k * step % size for k in range(min(HASH_ENTRIES, size)))
     if conv1d:
         flat = [(p % n) * m + p // n for p in flat]
     return torch.tensor(flat, dtype=torch.int64, device=device)
