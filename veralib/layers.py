@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import compiled
 from .autograd import Apart, Factored, Merged, MixedDelta
 from .bank import Member
 from .core import Shape, choose_plan
@@ -39,6 +40,11 @@ class Site:
         self.m, self.n = shape(module)
         self.hooked: Callable | None = module.__dict__.get("forward")
         self.called = False
+        self.number = compiled.register(self)
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self.number = compiled.register(self)
 
     def forward(self, module: nn.Module, base: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """base: the module's own forward. x: (..., n) -> (..., m)."""
@@ -108,14 +114,7 @@ class Site:
     def _mixed(self, module: nn.Module, base: Callable[[Tensor], Tensor], x: Tensor, selection: Selection) -> Tensor:
         if getattr(module, "_is_replica", False):
             raise StateError("vera.rows() doesn't work inside nn.DataParallel: use DistributedDataParallel (torchrun).")
-        rows = x.shape[0] if selection.kind == "rows" else x.numel() // self.n
-        if rows != selection.size or x.dim() < 2:
-            what = "row" if selection.kind == "rows" else "token"
-            raise StateError(
-                f'layer "{self.layer}" was given {rows} {what}s, and vera.{selection.kind}() named adapters for '
-                f"{selection.size}: give one for each {what} of the batch; a layer that sees packed or routed tokens needs "
-                "vera.tokens(index), with an index for each token it sees."
-            )
+        rows = self.check_rows(x, selection)
         h = base(x)
         buckets = selection.buckets(self.layer)
         changed = [m for m in selection.distinct if self.layer in m.biases]
@@ -126,13 +125,25 @@ class Site:
         )
         out = h.reshape(rows, -1, self.m)
         for bucket in buckets:
-            out = self._add_bucket(out, x, bucket, grad)
+            out = self.add_bucket(out, x, bucket, grad)
         for member in changed:
             mine = torch.tensor([m is member for m in selection.members], device=x.device)[:, None, None]
             out = torch.where(mine, out + _bias_change(module, member.biases[self.layer], x), out)
         return out.reshape(h.shape)
 
-    def _add_bucket(self, out: Tensor, x: Tensor, bucket: Bucket, grad: bool) -> Tensor:
+    def check_rows(self, x: Tensor, selection: Selection) -> int:
+        """The number of rows (or tokens) of x, which must be the selection's."""
+        rows = x.shape[0] if selection.kind == "rows" else x.numel() // self.n
+        if rows != selection.size or x.dim() < 2:
+            what = "row" if selection.kind == "rows" else "token"
+            raise StateError(
+                f'layer "{self.layer}" was given {rows} {what}s, and vera.{selection.kind}() named adapters for '
+                f"{selection.size}: give one for each {what} of the batch; a layer that sees packed or routed tokens needs "
+                "vera.tokens(index), with an index for each token it sees."
+            )
+        return rows
+
+    def add_bucket(self, out: Tensor, x: Tensor, bucket: Bucket, grad: bool) -> Tensor:
         """out (R, t, m) plus what a bucket's adapters add to their rows; in place where no gradient is asked for."""
         widest = bucket.widest
         flat = self.runtime.cast(x, x, out.dtype).reshape(out.shape[0], -1, self.n)
@@ -168,6 +179,8 @@ class VeraLayer:
     _vera: Site
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if torch.compiler.is_compiling():
+            return compiled.forward(self._vera, super().forward(x), x)  # type: ignore[misc]
         return self._vera.forward(self, super().forward, x)  # type: ignore[misc, arg-type]
 
     def _apply(self, fn: Callable, recurse: bool = True) -> Any:
@@ -233,6 +246,7 @@ class HeadLayer:
 
     _vera_head: "HeadSite"
 
+    @torch.compiler.disable
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self._vera_head.forward(self, super().forward, args, kwargs)  # type: ignore[misc, arg-type]
 

@@ -131,6 +131,8 @@ def release(model: nn.Module) -> None:
 
 
 def _before_root(model: Any, args: Any) -> None:
+    if torch.compiler.is_compiling():
+        return
     vera = model._vera_handle
     if vera.merged is not None and model.training and torch.is_grad_enabled() and any(m.trainable for m in vera.members.values()):
         raise StateError(f'adapter "{vera.merged}" is merged, and its vectors get no gradient so: call unmerge() to train.')
@@ -138,10 +140,12 @@ def _before_root(model: Any, args: Any) -> None:
 
 
 def _after_root(model: Any, args: Any, output: Any) -> None:
+    if torch.compiler.is_compiling():
+        return
     vera = model._vera_handle
     vera.runtime.clear_memo()
-    if torch.compiler.is_compiling() or torch._C._current_graph_task_id() >= 0:
-        return
+    if output is None or torch._C._current_graph_task_id() >= 0:
+        return  # a forward that failed has no output
     vera.warn_uncalled()
     if torch.is_grad_enabled():
         selection = vera.runtime.current()

@@ -1,0 +1,56 @@
+"""torch.compile: the same numbers, and no graph anew for a switch or a row pattern."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from tests.conftest import randomise, tiny_llama, tokens
+from tests.test_model import logits, three_adapters
+from veralib import StateError, VeraConfig, attach
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_twenty_switches_and_twenty_row_patterns_compile_at_most_three_graphs(backend):
+    model, ids = tiny_llama(), tokens(4)
+    vera = three_adapters(model)
+    for name in vera.names[:2]:
+        vera.load(vera.adapter(name), name=f"resident {name}")
+    names = [*vera.names, None]
+    counter = CompileCounterWithBackend(backend)
+    compiled = torch.compile(model, backend=counter)
+    for k in range(20):
+        vera.use(names[k % len(names)])
+        assert (logits(compiled, ids) - logits(model, ids)).abs().max() < 1e-5
+    for k in range(20):
+        with vera.rows([names[(k * j + j) % len(names)] for j in range(4)]):
+            assert (logits(compiled, ids) - logits(model, ids)).abs().max() < 1e-5
+    assert 1 <= counter.frame_count <= 3
+
+
+@pytest.mark.slow
+def test_compiled_training_step_has_the_eager_gradients():
+    def gradients(compile):
+        model = tiny_llama()
+        vera = attach(model, VeraConfig(rank=8, targets="all-linear"))
+        randomise(vera, "default", size=0.1)
+        call = torch.compile(model, backend="inductor") if compile else model
+        model.train()
+        call(input_ids=tokens(), labels=tokens()).loss.backward()
+        return torch.cat([p.grad for p in model.parameters() if p.requires_grad])
+
+    eager = gradients(False)
+    assert (gradients(True) - eager).norm() < 1e-4 * eager.norm()
+
+
+def test_compiled_training_with_rows_raises():
+    model = tiny_llama(num_hidden_layers=1)
+    vera = attach(model, VeraConfig(rank=8, targets=["q_proj"]))
+    compiled = torch.compile(model, backend="aot_eager")
+    with vera.rows(["default", None]), pytest.raises(StateError, match="uncompiled"):
+        compiled(input_ids=tokens(2), labels=tokens(2)).loss.backward()

@@ -1,0 +1,127 @@
+"""The adapted linear under torch.compile: custom operators that look the adapter up when they run.
+
+The graph holds the base's matmul and one opaque call, so switching adapters or row patterns compiles nothing anew. There is no
+memo of A x here: several layers that read one x each multiply it by A.
+"""
+
+import itertools
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .autograd import _add_product, _factored_backward
+from .errors import StateError
+
+if TYPE_CHECKING:
+    from .layers import Site
+
+_numbers = itertools.count()
+_sites: "weakref.WeakValueDictionary[int, Site]" = weakref.WeakValueDictionary()
+
+
+def register(site: "Site") -> int:
+    """A number by which a graph can name this site."""
+    number = next(_numbers)
+    _sites[number] = site
+    return number
+
+
+def forward(site: "Site", h: Tensor, x: Tensor) -> Tensor:
+    """What a compiled layer does with the base's output h."""
+    low = x.to(h.dtype)
+    if not torch.is_grad_enabled():
+        torch.ops.veralib.adapt_(h, low, site.number)
+        return h
+    member = site.runtime.active.member
+    if member is None or site.layer not in member.layout.by_layer:
+        return h
+    vectors = member.tensors(member.layout.by_layer[site.layer])
+    return h + torch.ops.veralib.trained_delta(low, vectors, site.number, h.shape[-1])[0]
+
+
+@torch.library.custom_op("veralib::adapt_", mutates_args={"h"})
+def adapt_(h: Tensor, x: Tensor, site: int) -> None:
+    """h += ΔW x for the adapters that the selection in force names; without gradients."""
+    place = _sites[site]
+    selection = place.runtime.current()
+    if selection.kind == "base":
+        return
+    if selection.kind != "one":
+        place.check_rows(x, selection)
+        out = h.view(selection.size, -1, place.m)
+        for bucket in selection.buckets(place.layer):
+            place.add_bucket(out, x, bucket, grad=False)
+        return
+    member = selection.member
+    flat, out = x.reshape(-1, place.n), h.view(-1, place.m)
+    for unit in member.layout.by_layer.get(place.layer, ()):  # type: ignore[union-attr]
+        d, b = member.vectors(unit.unit)  # type: ignore[union-attr]
+        _add_product(out, unit.rows, F.linear(flat, unit.A(flat)), unit.C(d, b, flat).t())
+
+
+@adapt_.register_fake
+def _(h: Tensor, x: Tensor, site: int) -> None:
+    return None
+
+
+@torch.library.custom_op("veralib::trained_delta", mutates_args=())
+def trained_delta(x: Tensor, vectors: list[Tensor], site: int, m: int) -> list[Tensor]:
+    """[ΔW x, then each distinct u = A x] of the active adapter."""
+    place = _sites[site]
+    selection = place.runtime.current()
+    if selection.kind != "one":
+        raise StateError("a compiled model trains the adapter that use() chose; call the uncompiled model to train with rows().")
+    layout = selection.member.layout  # type: ignore[union-attr]
+    which, firsts = layout.one_basis[place.layer]
+    flat = x.reshape(-1, place.n)
+    us = [F.linear(flat, u.A(flat)) for u in firsts]
+    out = flat.new_zeros(flat.shape[0], m)
+    for k, unit in enumerate(layout.by_layer[place.layer]):
+        _add_product(out, unit.rows, us[which[k]], unit.C(vectors[2 * k], vectors[2 * k + 1], flat).t())
+    return [out.view(*x.shape[:-1], m), *us]
+
+
+@trained_delta.register_fake
+def _(x: Tensor, vectors: list[Tensor], site: int, m: int) -> list[Tensor]:
+    place = _sites[site]
+    member = place.runtime.active.member
+    rows = x.numel() // place.n
+    firsts = member.layout.one_basis[place.layer][1]  # type: ignore[union-attr]
+    return [x.new_empty(*x.shape[:-1], m), *(x.new_empty(rows, u.r) for u in firsts)]
+
+
+@torch.library.custom_op("veralib::trained_delta_backward", mutates_args=())
+def trained_delta_backward(g: Tensor, us: list[Tensor], vectors: list[Tensor], site: int) -> list[Tensor]:
+    """[∂x, then ∂d and ∂b of each unit]."""
+    place = _sites[site]
+    member = place.runtime.active.member
+    units, (which, firsts) = member.layout.by_layer[place.layer], member.layout.one_basis[place.layer]  # type: ignore[union-attr]
+    flat = g.reshape(-1, g.shape[-1])
+    grads = _factored_backward(units, which, [*us, *vectors], len(us), flat, True, [True] * len(vectors))
+    gx = flat.new_zeros(flat.shape[0], place.n)
+    for unit, gu in zip(firsts, grads[: len(us)], strict=True):
+        gx.addmm_(gu, unit.A(flat))  # type: ignore[arg-type]
+    return [gx.view(*g.shape[:-1], place.n), *grads[len(us) :]]  # type: ignore[list-item]
+
+
+@trained_delta_backward.register_fake
+def _(g: Tensor, us: list[Tensor], vectors: list[Tensor], site: int) -> list[Tensor]:
+    return [g.new_empty(*g.shape[:-1], _sites[site].n), *(torch.empty_like(v) for v in vectors)]
+
+
+def _setup(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
+    _, vectors, ctx.site, _ = inputs
+    ctx.n_us = len(output) - 1
+    ctx.save_for_backward(*output[1:], *vectors)
+
+
+def _backward(ctx: Any, grads: list[Tensor]) -> tuple:
+    us, vectors = list(ctx.saved_tensors[: ctx.n_us]), list(ctx.saved_tensors[ctx.n_us :])
+    gx, *rest = torch.ops.veralib.trained_delta_backward(grads[0], us, vectors, ctx.site)
+    return gx, rest, None, None
+
+
+torch.library.register_autograd("veralib::trained_delta", _backward, setup_context=_setup)
