@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from veralib.fused import part_rows, parts, parts_of
+from veralib.linears import shape
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
 GPT = {"n_embd": 32, "n_layer": 1, "n_head": 4, "vocab_size": 64}
@@ -150,9 +151,10 @@ def test_parts_act_as_their_names_say(case):
     found = parts_of(model, name)
     assert "v" in found and "k" in found
 
-    rows = torch.cat([torch.arange(model.get_submodule(name).weight.numel())[r] for r in found.values()])
-    outputs = sum(part_rows(r) for r in found.values())
-    assert sorted(rows.tolist()) == list(range(outputs))  # each row in one part
+    m = shape(model.get_submodule(name))[0]
+    rows = torch.cat([torch.arange(m)[r] for r in found.values()])
+    assert sorted(rows.tolist()) == list(range(m))  # each row in one part
+    assert [part_rows(r) for r in found.values()] == [len(torch.arange(m)[r]) for r in found.values()]
 
     without_values = derivative(model, name, found["v"]).sum(0)
     assert (without_values[found["v"]] > 0).all()
@@ -230,3 +232,52 @@ def test_packed_vision_attention_has_its_values_where_parts_says(case):
     assert {part: part_rows(rows) for part, rows in found.items()} == {
         "q": 32, "k": 16 if "exaone" in case else 32, "v": 16 if "exaone" in case else 32,
     }  # fmt: skip
+
+
+def test_parts_of_a_tower_come_from_its_own_config():
+    from transformers import Exaone4_5_Config
+
+    config = Exaone4_5_Config(
+        text_config={"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 1},
+        vision_config={"hidden_size": 32, "num_heads": 4, "num_key_value_heads": 2},
+    )
+    qkv = nn.Linear(32, 64, device="meta")
+    expected = {"q": slice(0, 32), "k": slice(32, 48), "v": slice(48, 64)}
+    assert parts("model.visual.blocks.0.attn.qkv", qkv, config) == expected
+    assert parts("model.visual.blocks.0.attn.qkv", qkv, config.vision_config) == expected
+
+
+def test_granite_speech_encoder_has_keys_then_values():
+    from transformers.models.granite_speech.configuration_granite_speech import GraniteSpeechEncoderConfig
+    from transformers.models.granite_speech.modeling_granite_speech import GraniteSpeechConformerAttention
+
+    config = GraniteSpeechEncoderConfig(hidden_dim=32, num_heads=4, dim_head=8, context_size=6)
+    attention = GraniteSpeechConformerAttention(config).eval().requires_grad_(False)
+    found = parts("encoder.layers.0.attn.to_kv", attention.to_kv, config)
+    Y = torch.randn(1, 6, 64)
+    Y[..., found["v"]] = 0
+    attention.to_kv.register_forward_hook(lambda module, args, out: Y.requires_grad_())
+    distances = torch.arange(6)[:, None] - torch.arange(6) + config.max_pos_emb
+    attention(torch.randn(1, 6, 32), attention_dists=distances).sum().backward()
+    size = Y.grad.abs().sum((0, 1))
+    assert (size[found["k"]] == 0).all() and (size[found["v"]] > 0).all()
+
+
+def test_phi4_multimodals_audio_encoder_has_up_first():
+    from transformers.models.phi4_multimodal.configuration_phi4_multimodal import Phi4MultimodalAudioConfig
+    from transformers.models.phi4_multimodal.modeling_phi4_multimodal import Phi4MultimodalAudioMLP
+
+    config = Phi4MultimodalAudioConfig(hidden_size=32, intermediate_size=48)
+    mlp = Phi4MultimodalAudioMLP(config).eval().requires_grad_(False)
+    up = parts("encoders.0.feed_forward_in.gate_up_proj", mlp.gate_up_proj, config)["up"]
+    x = torch.randn(5, 32)
+    plain = mlp(x) - mlp.down_proj.bias
+    mlp.gate_up_proj.weight[up] *= 2
+    mlp.gate_up_proj.bias[up] *= 2
+    torch.testing.assert_close(mlp(x) - mlp.down_proj.bias, 2 * plain)
+
+
+def test_what_isnt_fused_or_isnt_known_has_no_parts():
+    assert parts("model.layers.0.self_attn.q_proj", nn.Linear(8, 8)) == {}
+    assert parts("transformer.encoder.layers.0.self_attention.query_key_value", nn.Linear(8, 24)) == {}  # ChatGLM's, its own code
+    assert parts("mixer.in_proj", nn.Linear(8, 24)) == {}  # Mamba's
