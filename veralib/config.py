@@ -1,8 +1,9 @@
 """VeraConfig: what to adapt and how. Checked when it is made; every fault is listed at once."""
 
 import dataclasses
-import math
+import inspect
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -125,6 +126,10 @@ class VeraConfig:
         return dataclasses.replace(self, **changes)
 
 
+# __new__ takes anything, to answer it; what is right stays visible to help(), editors and inspect.
+VeraConfig.__signature__ = inspect.Signature(list(inspect.signature(VeraConfig.__init__).parameters.values())[1:])  # type: ignore[attr-defined]
+
+
 def rank_of(config: VeraConfig, layer: str) -> int | None:
     """The rank of one layer, or None where no pattern of a rank mapping matches it."""
     if isinstance(config.rank, int):
@@ -146,7 +151,8 @@ def _freeze(config: VeraConfig, name: str, value: Any) -> None:
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    # Not math.isfinite, which overflows on a whole number of 400 digits.
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _whole(value: Any) -> bool:
@@ -192,7 +198,7 @@ def _faults(c: VeraConfig):
     for name, kind in (("basis", BasisKind), ("levels", Levels), ("sharing", Sharing), ("train", Train)):
         value = getattr(c, name)
         if value not in get_args(kind):
-            yield f"{name} is {value!r}, expected one of {', '.join(get_args(kind))}.{nearest(value, get_args(kind))}"
+            yield f"{name} is {value!r}.{nearest(value, get_args(kind))} Expected one of {', '.join(get_args(kind))}"
     if c.basis == "peft" and c.sharing == "unique":
         yield "sharing='unique' exists for basis='philox-u8' alone: PEFT always shares A and B"
     if c.basis == "peft" and c.levels != "kaiming_uniform":
