@@ -146,12 +146,11 @@ def ceilings(clock: Clock) -> dict[str, float]:
     side = 8192 if clock.cuda else 256
     source, target = (torch.empty(big, dtype=torch.uint8, device=clock.device) for _ in range(2))
     source.random_(0, 255)
-    copy_ms = statistics.median(clock.time_ms(lambda: target.copy_(source), 5)[0] for _ in range(5))
+    copy_ms = statistics.median(clock.time_ms(lambda t=target, s=source: t.copy_(s), 5)[0] for _ in range(5))
     out = {"copy_GBs": 2 * big / copy_ms / 1e6}
-    del source, target
     for dtype, label in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
         a, b = (torch.randn(side, side, device=clock.device).to(dtype) for _ in range(2))
-        ms = statistics.median(clock.time_ms(lambda a=a, b=b: a @ b, 3)[0] for _ in range(3 + 2))
+        ms = statistics.median(clock.time_ms(lambda a=a, b=b: a @ b, 3)[0] for _ in range(5))
         out[f"{label}_TFLOPs"] = 2 * side**3 / ms / 1e9
     return out
 
