@@ -1,0 +1,100 @@
+"""vera demo: the main job on a real model and real text, in about three minutes on two cores."""
+
+import importlib.util
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError, need
+from .methods import METHODS
+
+LIMIT_S = 190
+"""Full fine-tuning, the last row, is left out where the demo would then take longer than this, merging aside."""
+LAST = "full"
+
+
+def main(output: str | Path = "demo_out", record: bool = False, names: Sequence[str] = tuple(METHODS)) -> int:
+    """0 once every method is trained and the merged adapter predicts as the unmerged one; 1 where it doesn't.
+
+    Writes the table (Markdown, PNG), result.json, the data and every run into `output`. record: also into results/demo and the
+    README of the checkout that this veralib is run from. names: rows of methods.METHODS.
+    Errors: MissingPackage, DataError (another model or library than expected), ConfigError (a folder that can't be written).
+    """
+    started = time.perf_counter()
+    for package in ("rich", "transformers", "peft", "matplotlib"):
+        if importlib.util.find_spec(package) is None:
+            raise need(package, "demo", "vera demo")
+    root = Path(__file__).parents[2]
+    if record and not ((root / "pyproject.toml").is_file() and (root / "README.md").is_file()):
+        raise ConfigError(f"--record writes into veralib's own checkout, and {root} is none: run it there, or leave it out")
+    from . import report, runs, show
+    from .data import load_data
+    from .merged import check_merged
+    from .model import find_model
+
+    runs.warm_up()
+    screen = show.Screen()
+    screen.opening()
+    model, data, output = find_model(), load_data(), Path(output)
+    try:
+        paths = data.write(output / "data")
+    except OSError as e:
+        raise ConfigError(f"can't write to the output folder {output}: {e.strerror or e}") from e
+    screen.data(data)
+
+    results: dict[str, Any] = {}
+    skipped = []
+    for name in names:
+        elapsed = time.perf_counter() - started
+        if name == LAST and not record and "lora-r8" in results and elapsed + 1.7 * results["lora-r8"].seconds > LIMIT_S:
+            skipped.append(METHODS[name].title)
+            continue
+        with screen.training(METHODS[name].title) as step:
+            results[name] = runs.train_apart(runs.settings_of(name, model, paths, output), step)
+        screen.trained(METHODS[name].title, results[name].metrics["test_accuracy"], data.rows["test"])
+
+    merged = None
+    if "vera" in results:
+        with screen.waiting("A fresh process loads the VeRA adapter, merges it into the model and predicts"):
+            merged = check_merged(output / "vera", paths["test"])
+    result = {
+        "python": platform.python_version(),
+        "data": {"hash": data.hash, "rows": data.rows, "labels": list(data.labels)},
+        "rows": [_row(name, found) for name, found in results.items()],
+        "skipped": skipped,
+        "merged": merged,
+        "seconds": round(time.perf_counter() - started, 1),
+        **_place(results),
+    }
+    report.write(result, output)
+    screen.table(result)
+    good = merged is None or screen.merged(merged, result, output / "vera" / "adapter_model.safetensors")
+    if record:
+        screen.written(report.record(result, root))
+    screen.closing(output, model, result["seconds"])
+    return 0 if good else 1
+
+
+def _row(name: str, found: Any) -> dict[str, Any]:
+    """One row of result.json."""
+    return {
+        "name": name,
+        "title": METHODS[name].title,
+        "accuracy": found.metrics["test_accuracy"],
+        "parameters": found.adapter_parameters,
+        "head_parameters": found.head_parameters,
+        "bytes": found.adapter_bytes,
+        "seconds_per_step": round(found.seconds_per_step, 4),
+        "train_seconds": round(found.train_seconds, 1),
+        "peak_memory_bytes": found.peak_memory_bytes,
+        "settings": {k: v for k, v in found.settings.items() if k in METHODS[name].settings},
+    }
+
+
+def _place(results: Mapping[str, Any]) -> dict[str, Any]:
+    """Versions, commit and hardware, as the runs recorded them."""
+    first = asdict(next(iter(results.values())))
+    return {name: first[name] for name in ("versions", "commit", "hardware")}

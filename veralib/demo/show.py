@@ -1,0 +1,141 @@
+"""What the demo says on the screen: bars on a terminal, lines in a log."""
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from . import report
+from .data import Data
+from .methods import METHODS
+from .runs import Show
+
+EVERY_S = 10
+"""Seconds between two lines of progress where there is no terminal."""
+
+
+class Screen:
+    """Plain words for someone who has never heard of adapters."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(highlight=False)
+
+    def say(self, text: str = "") -> None:
+        """One paragraph, wrapped."""
+        self.console.print(text, markup=False)
+
+    def opening(self) -> None:
+        """What will happen, while the first files are read."""
+        self.say(
+            "This fine-tunes MiniLM-L6, a real language model of 22.7 million weights, to tell which package of Python's "
+            f"standard library a sentence of documentation is from. It does so in {len(METHODS)} ways and compares them. About "
+            "three minutes on two cores; nothing is downloaded."
+        )
+
+    def data(self, data: Data) -> None:
+        """The data set and one example."""
+        rows, example = data.rows, min(data.split("test"), key=lambda s: (abs(len(s.text) - 70), s.text))
+        self.say(
+            f"\nData: {len(data.sentences):,} sentences about {', '.join(data.labels)}; these names are masked in the text. "
+            f"{rows['train']:,} are for training, {rows['test']:,} for the test, from other functions and classes than those "
+            f"trained on; {rows['validation']:,} served to choose learning rates beforehand and aren't used now."
+        )
+        self.say(f'For example: "{example.text}" -> {example.package}\n')
+
+    @contextlib.contextmanager
+    def training(self, title: str) -> Iterator[Show]:
+        """A function to call with (step, steps, loss)."""
+        if not self.console.is_terminal:
+            yield self._lines(title)
+            return
+        columns = (TextColumn(f"{title:<16}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"), TimeElapsedColumn())
+        bars = Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=self.console, transient=True)
+        with bars:
+            task = bars.add_task(title, total=None)
+            yield lambda step, steps, loss: bars.update(task, completed=step, total=steps)
+
+    def _lines(self, title: str) -> Show:
+        last = time.monotonic()
+
+        def show(step: int, steps: int, loss: float) -> None:
+            nonlocal last
+            if step == steps or time.monotonic() - last > EVERY_S:
+                last = time.monotonic()
+                self.say(f"{title}: step {step} of {steps}, loss {loss:.2f}")
+
+        self.say(f"{title}: starts")
+        return show
+
+    @contextlib.contextmanager
+    def waiting(self, text: str) -> Iterator[None]:
+        """Something that takes seconds and has no steps."""
+        if self.console.is_terminal:
+            with self.console.status(text):
+                yield
+        else:
+            self.say(text)
+            yield
+
+    def trained(self, title: str, accuracy: float, rows: int) -> None:
+        """One method's result, as soon as it is there."""
+        self.say(f"{title:<16} {100 * accuracy:.1f} % of {rows} test sentences right")
+
+    def table(self, result: report.Result) -> None:
+        """The table and how to read it."""
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))  # narrow: it fits 80 columns
+        for i, column in enumerate(report.COLUMNS):
+            table.add_column(column, justify="right" if i else "left")
+        for row in report.cells(result):
+            table.add_row(*(Text(cell) for cell in row))
+        self.say()
+        self.console.print(table)
+        for text in [*report.remarks(result), report.provenance(result)]:
+            self.say(text)
+
+    def merged(self, merged: Mapping[str, Any], result: report.Result, file: Path) -> bool:
+        """Whether the loaded adapter scores as in training and no prediction changed by merging; says so either way."""
+        trained = next(row["accuracy"] for row in result["rows"] if row["name"] == "vera")
+        same = abs(merged["accuracy"] - trained) * merged["rows"] < 0.5
+        kept = merged["agree"] == merged["rows"]
+        self.say(
+            f"\nA fresh process loaded {file} ({file.stat().st_size:,} bytes): {100 * merged['accuracy']:.1f} % right, "
+            f"{'as' if same else 'NOT as'} in training. Merged into the model's weights, {merged['agree']} of {merged['rows']} "
+            f"predictions stayed the same; the largest difference of a logit is {merged['max_difference']:.1e}, their spread "
+            f"{merged['spread']:.1f}."
+        )
+        return same and kept
+
+    def written(self, paths: list[Path]) -> None:
+        """The files that --record changed."""
+        self.say("Recorded: " + ", ".join(str(p) for p in paths))
+
+    def closing(self, output: Path, model: Path, seconds: float) -> None:
+        """Where everything is, and what to type next."""
+        rate = {k: v for k, v in METHODS["vera"].settings.items() if k != "method"}
+        flags = " ".join(f"--{k.replace('_', '-')} {v if isinstance(v, str) else format(v, 'g')}" for k, v in rate.items())
+        self.say(
+            f"\nDone in {seconds:.0f} s. The table is in {output / 'table.md'} and {output / 'table.png'}, the adapter in "
+            f"{output / 'vera'}."
+        )
+        self.say("\nNow with your own data, a CSV file with the columns text and label:\n")
+        # Not through rich: it would wrap what has to be copied whole.
+        print(f"  vera train --model {_short(model)} --data my.csv --validation 0.1 {flags} --output my_run")
+        print("  vera predict my_run new.csv --output predictions.csv", flush=True)
+
+
+def _short(path: Path) -> str:
+    """The path from here where that is shorter, quoted where a shell would split it."""
+    try:
+        near = os.path.relpath(path)
+    except ValueError:  # another drive
+        near = str(path)
+    text = min(str(path), near, key=len)
+    return f'"{text}"' if " " in text else text
