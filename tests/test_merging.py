@@ -84,7 +84,7 @@ def test_head_is_merged_with_its_adapter():
     vera = attach(model, VeraConfig(rank=8, train_modules=["classifier"]))
     randomise(vera, "default")
     with torch.no_grad():
-        vera._head("classifier", vera.member("default")).weight.add_(0.5)
+        vera.inside.head("classifier", vera.member("default")).weight.add_(0.5)
     before, apart = bits(model), logits(model, ids)
     vera.merge()
     assert (logits(model, ids) - apart).abs().max() < 1e-5

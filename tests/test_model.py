@@ -378,7 +378,7 @@ def test_head_copies_belong_to_their_adapters_and_rows_mix_them():
     for k, name in enumerate(vera.names):
         randomise(vera, name, seed=k)
     with torch.no_grad():
-        vera._head("classifier", vera.member("a")).weight.add_(1.0)
+        vera.inside.head("classifier", vera.member("a")).weight.add_(1.0)
     adapter = vera.adapter("a")
     assert set(adapter.modules) == {"classifier"}
     vera.load(adapter, name="resident")
@@ -394,7 +394,7 @@ def test_head_copies_belong_to_their_adapters_and_rows_mix_them():
         assert (mixed[i] - single[name][i]).abs().max() < 1e-5
     groups = {g["name"]: g for g in vera.parameter_groups(lr=1e-2, lr_head=3e-3)}
     assert groups["head"]["lr"] == 3e-3 and {id(p) for p in groups["head"]["params"]} == {
-        id(p) for p in vera._head("classifier", vera.member("a")).parameters()
+        id(p) for p in vera.inside.head("classifier", vera.member("a")).parameters()
     }
     assert {id(p) for g in groups.values() for p in g["params"]} == {id(p) for p in model.parameters() if p.requires_grad}
 

@@ -201,11 +201,15 @@ def _rebuild(plain: type, mixin: type) -> Any:
     return cls.__new__(cls)
 
 
-@functools.cache
-def adapted_class(plain: type, mixin: type = VeraLayer) -> type:
+_classes: dict[tuple[type, type], Any] = {}
+
+
+def adapted_class(plain: Any, mixin: Any = VeraLayer) -> Any:
     """The class that a module of class `plain` gets: VeraLinear for nn.Linear, say. It pickles by naming `plain`."""
-    name = plain.__name__ if mixin is not VeraLayer else "Vera" + plain.__name__
-    return type(name, (mixin, plain), {"_vera_plain": plain, "__module__": plain.__module__})
+    if (plain, mixin) not in _classes:
+        name = plain.__name__ if mixin is not VeraLayer else "Vera" + plain.__name__
+        _classes[plain, mixin] = type(name, (mixin, plain), {"_vera_plain": plain, "__module__": plain.__module__})
+    return _classes[plain, mixin]
 
 
 VeraLinear = adapted_class(nn.Linear)
@@ -224,7 +228,7 @@ def adapt(layer: str, module: nn.Module, runtime: Runtime) -> None:
     if not isinstance(module, VeraLayer):
         site = Site(layer, module, runtime)
         module.__class__ = adapted_class(type(module))
-        module._vera = site
+        module._vera = site  # type: ignore[assignment]
         if site.hooked is not None:  # accelerate replaces forward on the instance, where no class is asked
             module.__dict__["forward"] = types.MethodType(_hooked_forward, module)
         module._vera_hook = module.register_forward_pre_hook(_no_fast_path)  # type: ignore[assignment]
@@ -311,8 +315,8 @@ def adapt_head(name: str, module: nn.Module, runtime: Runtime) -> HeadSite:
     """Makes a module one that can have a copy for each adapter, in place."""
     if not isinstance(module, HeadLayer):
         module.__class__ = adapted_class(type(module), HeadLayer)
-        module._vera_head = HeadSite(name, runtime)
-    return module._vera_head
+        module.__dict__["_vera_head"] = HeadSite(name, runtime)
+    return module.__dict__["_vera_head"]
 
 
 def plain_copy(module: nn.Module) -> nn.Module:

@@ -13,16 +13,16 @@ from .fused import parts
 from .linears import is_linear, quantisation, shape, weight_hash
 
 if TYPE_CHECKING:
-    from .model import Vera
+    from .residence import Residence
 
 
-def check(vera: "Vera", adapter: Adapter, name: str, allow_other_base: bool) -> None:
+def check(inside: "Residence", adapter: Adapter, name: str, allow_other_base: bool) -> None:
     """Raises AdapterMismatch where the adapter was trained on another base model; a different id only warns."""
     modules = {}
     for layer, trained in adapter.base.layers.items():
-        module = vera._sites.get(layer)
+        module = inside.sites.get(layer)
         if module is None:
-            module = _find(vera.model, layer, adapter, name)
+            module = _find(inside.model, layer, adapter, name)
         modules[layer] = module
         have = shape(module)
         if have != tuple(trained):
@@ -30,11 +30,11 @@ def check(vera: "Vera", adapter: Adapter, name: str, allow_other_base: bool) -> 
                 f'adapter "{name}" was trained with {trained[0]} outputs and {trained[1]} inputs at layer "{layer}"; this base '
                 f"model has {have[0]} and {have[1]} there. {_trained_on(adapter)}"
             )
-    config = getattr(vera.model, "config", None)
+    config = getattr(inside.model, "config", None)
     model_id = str(getattr(config, "_name_or_path", "") or "")
     same_id = _last(adapter.base.id) == _last(model_id)
     have_hashes = {
-        layer: h for layer in adapter.base.hashes if layer in modules and (h := cached_hash(vera, layer, modules[layer]))
+        layer: h for layer in adapter.base.hashes if layer in modules and (h := cached_hash(inside, layer, modules[layer]))
     }
     if adapter.base.hashes and have_hashes:
         wrong = [layer for layer, h in adapter.base.hashes.items() if layer in have_hashes and have_hashes[layer] != h]
@@ -99,28 +99,27 @@ def quantisation_of(modules: Iterable[nn.Module]) -> str:
     return next((q for m in modules if (q := quantisation(m))), "")
 
 
-def cached_hash(vera: "Vera", layer: str, module: nn.Module | None = None) -> str:
+def cached_hash(inside: "Residence", layer: str, module: nn.Module) -> str:
     """linears.weight_hash, computed once for each state of a weight; while merged, the base weight's."""
-    module = module if module is not None else vera._sites[layer]
     weight: Any = module.weight
-    known = vera._hashes.get(layer)
+    known = inside.hashes.get(layer)
     version = 0 if weight.is_inference() else weight._version
-    if known is None or (vera.merged is None and known[:2] != (id(weight), version)):
+    if known is None or (inside.runtime.merged is None and known[:2] != (id(weight), version)):
         known = (id(weight), version, weight_hash(module))
-        vera._hashes[layer] = known
+        inside.hashes[layer] = known
     return known[2]
 
 
-def units(vera: "Vera", adapter: Adapter) -> list[UnitSpec]:
+def units(model: nn.Module, adapter: Adapter) -> list[UnitSpec]:
     """The units of an adapter in this model, in the adapter's order."""
-    config = getattr(vera.model, "config", None)
+    config = getattr(model, "config", None)
     out = []
     for unit, (d, b) in adapter.vectors.items():
         layer, part = layer_of(unit), unit.partition(":")[2]
         n = adapter.base.layers[layer][1]
         rows = None
         if part:
-            known = parts(layer, vera.model.get_submodule(layer), config)
+            known = parts(layer, model.get_submodule(layer), config)
             if part not in known:
                 raise AdapterMismatch(
                     f'the adapter adapts part "{part}" of layer "{layer}"; this base model\'s layer has the parts '
@@ -131,12 +130,12 @@ def units(vera: "Vera", adapter: Adapter) -> list[UnitSpec]:
     return out
 
 
-def heads(vera: "Vera", adapter: Adapter) -> dict[str, nn.Module]:
+def heads(model: nn.Module, adapter: Adapter) -> dict[str, nn.Module]:
     """The modules that the adapter carries in full, found in this model; AdapterMismatch where one is missing or differs."""
     found: dict[str, nn.Module] = {}
     for name, state in adapter.modules.items():
         try:
-            module = vera.model.get_submodule(name)
+            module = model.get_submodule(name)
         except AttributeError:
             raise AdapterMismatch(
                 f'the adapter carries a fully trained module "{name}", which this base model has not: load the model by the '

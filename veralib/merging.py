@@ -1,4 +1,4 @@
-"""merge: W0 + ΔW written into the base weights; unmerge: the old bits again, from a copy, since subtraction wouldn't give them."""
+"""merge: W0 + ΔW written into the base weights; unmerge: the old bits from a copy, since subtraction wouldn't give them."""
 
 import os
 import tempfile
@@ -57,14 +57,14 @@ def merge(vera: "Vera", member: Member, keep: Keep) -> MergeReport:
         raise ConfigError(f'keep is {keep!r}, expected "cpu", "device", "disk" or None.')
     _refuse_ties(vera, member)
     names = list(dict.fromkeys([*member.layout.by_layer, *member.biases]))
-    vera.hashes(list(vera._sites))  # of the base weights: load() compares with these while merged
+    vera.inside.hashes_of(vera.inside.sites)  # of the base weights: load() compares with these while merged
     kept = Kept(keep, {}, {}, {})
     inner = torch.zeros((), dtype=torch.float64)
     norm = torch.zeros((), dtype=torch.float64)
     shares = {}
     try:
         for name in names:
-            module = vera._sites[name]
+            module = vera.inside.sites[name]
             kept.weights[name] = snapshot(module, None if keep == "device" else "cpu")
             if name in member.biases:
                 bias = module.bias
@@ -76,9 +76,9 @@ def merge(vera: "Vera", member: Member, keep: Keep) -> MergeReport:
             if name in member.biases:
                 _set_bias(module, member.biases[name])
         for head in member.heads:
-            module = vera._heads[head]
+            module = vera.inside.heads[head]
             kept.heads[head] = {k: v.detach().clone() for k, v in layers.plain_copy(module).state_dict().items()}
-            _load_plain(module, vera._head(head, member).state_dict())
+            _load_plain(module, vera.inside.head(head, member).state_dict())
     except BaseException:
         _put_back(vera, kept)
         raise
@@ -93,7 +93,7 @@ def merge(vera: "Vera", member: Member, keep: Keep) -> MergeReport:
         layer, share = report.worst
         warnings.warn(
             f'merging "{member.name}" kept {100 * report.surviving:.0f} % of ΔW: the weights are '
-            f"{_precision(vera._sites[layer])}, and smaller changes are rounded away (least in {layer}: {100 * share:.0f} %). "
+            f"{_precision(vera.inside.sites[layer])}, and smaller ones are rounded away (least in {layer}: {100 * share:.0f} %). "
             "The unmerged adapter is exact; or load the base in float32 to merge.",
             VeraWarning,
         )
@@ -171,16 +171,16 @@ def _load_plain(module: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 def _put_back(vera: "Vera", kept: Kept) -> None:
     for name, saved in kept.weights.items():
-        restore(vera._sites[name], saved)
+        restore(vera.inside.sites[name], saved)
     for name, bias in kept.biases.items():
-        module = vera._sites[name]
+        module = vera.inside.sites[name]
         if bias is None:
-            module.bias = None
+            module.bias = None  # type: ignore[assignment]
         else:
             with torch.no_grad():
                 module.bias.copy_(bias)  # type: ignore[union-attr, operator]
     for head, state in kept.heads.items():
-        _load_plain(vera._heads[head], state)
+        _load_plain(vera.inside.heads[head], state)
 
 
 def _to_disk(kept: Kept) -> None:
@@ -200,10 +200,10 @@ def _from_disk(kept: Kept) -> None:
 
 def _refuse_ties(vera: "Vera", member: Member) -> None:
     """A tied weight is two layers': ΔW would change both."""
-    adapted = {id(vera._sites[n].weight): n for n in member.layout.by_layer}
+    adapted = {id(vera.inside.sites[n].weight): n for n in member.layout.by_layer}
     for name, module in vera.model.named_modules(remove_duplicate=True):
         for key, p in module._parameters.items():
-            if p is not None and id(p) in adapted and module is not vera._sites[adapted[id(p)]]:
+            if p is not None and id(p) in adapted and module is not vera.inside.sites[adapted[id(p)]]:
                 raise StateError(
                     f'the weight of "{adapted[id(p)]}" is tied to "{name}.{key}": merging would change both. Leave that layer '
                     "out of the targets, or serve the adapter unmerged."

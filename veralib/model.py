@@ -1,33 +1,25 @@
 """attach and the handle: adapters in, on, over and out of one frozen model."""
 
 import contextlib
-import re
-import warnings
-import weakref
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
-from . import layers, matching, merging, root
+from . import matching, merging, root
 from .adapter import Adapter, BaseModel
-from .autograd import UnitSpec
-from .bank import Bank, Layout, Member
-from .basis import Basis, layer_id_of
+from .bank import Member
 from .config import VeraConfig
-from .errors import ConfigError, StateError, VeraWarning, unknown_name
+from .errors import ConfigError, StateError, unknown_name
 from .format import load_adapter, save_adapter
 from .linears import shape
+from .residence import Residence
 from .selection import BASE, Runtime, Selection
-from .targets import Target, find_targets
 
 if TYPE_CHECKING:
     from .merging import Keep, MergeReport
-
-_OWN = re.compile(r"(^|\.)vera_\d+(\.|$)")
 
 
 def attach(model: nn.Module, config: Any = None, name: str = "default") -> "Vera":
@@ -89,21 +81,19 @@ class Vera:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.runtime = Runtime()
-        self.members: dict[str, Member] = {}
+        self.inside = Residence(model, self.runtime)
         self.kept: merging.Kept | None = None
-        self._banks: dict[Layout, Bank] = {}
-        self._layouts: dict[tuple, Layout] = {}
-        self._sites: dict[str, nn.Module] = {}
-        self._heads: dict[str, nn.Module] = {}
-        self._next = 0
-        self._hashes: dict[str, tuple[int, int, str]] = {}
         self._selections: OrderedDict[tuple, Selection] = OrderedDict()
-        self._checked_calls = False
         self._trained_before = [p for p in model.parameters() if p.requires_grad]
         model.requires_grad_(False)
         root.adopt(model, self)
 
     # What there is
+
+    @property
+    def members(self) -> dict[str, Member]:
+        """The adapters' entries by name."""
+        return self.inside.members
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -139,7 +129,8 @@ class Vera:
             vectors[unit.unit] = (d.detach().to("cpu", copy=True), b.detach().to("cpu", copy=True))
         names = list(dict.fromkeys([*member.layout.by_layer, *member.biases]))
         modules = {
-            n: {k: t.detach().to("cpu", copy=True) for k, t in self._head(n, member).state_dict().items()} for n in member.heads
+            n: {k: t.detach().to("cpu", copy=True) for k, t in self.inside.head(n, member).state_dict().items()}
+            for n in member.heads
         }
         basis = next(iter(member.layout.units)).basis.shared()
         own = {u.unit: u.basis.layer_id for u in member.layout.units if u.basis.layer_id}
@@ -147,9 +138,9 @@ class Vera:
         base = BaseModel(
             id=str(getattr(config, "_name_or_path", "") or ""),
             revision=str(getattr(config, "_commit_hash", "") or ""),
-            layers={n: shape(self._sites[n]) for n in names},
-            hashes=self.hashes(names),
-            quantised=matching.quantisation_of(self._sites[n] for n in names),
+            layers={n: shape(self.inside.sites[n]) for n in names},
+            hashes=self.inside.hashes_of(names),
+            quantised=matching.quantisation_of(self.inside.sites[n] for n in names),
         )
         return Adapter(
             member.config,
@@ -171,14 +162,8 @@ class Vera:
             raise ConfigError("add() needs a VeraConfig.")
         self._unmerged("add an adapter")
         self._new_name(name)
-        targets = [t for t in find_targets(self.model, config) if not _OWN.search(t.layer)]
-        heads = self._find_heads(config)
-        member = Member(name, config, self._layout(_units(targets, config)), self._next, heads=tuple(heads))
-        self._adapt(member.layout, {t.layer: t.module for t in targets}, heads)
-        self._make_trainable(member)
-        for head, module in heads.items():
-            self._add_head(head, module, member)
-        self._enter(member)
+        self.inside.fresh(config, name)
+        self._selections.clear()
         root.watch_learning_rate(self)
         return self
 
@@ -198,24 +183,11 @@ class Vera:
         """
         self._new_name(name)
         adapter = source if isinstance(source, Adapter) else self._read(source, revision)
-        matching.check(self, adapter, name, allow_other_base)
-        layout = self._layout_of(adapter)
-        heads = matching.heads(self, adapter)
-        missing = {n: self.model.get_submodule(n) for n in [*layout.by_layer, *adapter.biases] if n not in self._sites}
-        self._adapt(layout, missing, heads)
-        member = Member(name, adapter.config, layout, self._next, heads=tuple(heads), notes=adapter.notes)
-        row = torch.cat([t for u in layout.units for t in adapter.vectors[u.unit]]) if layout.units else torch.empty(0)
+        matching.check(self.inside, adapter, name, allow_other_base)
         if trainable:
             self._unmerged("load a trainable adapter")
-            self._make_trainable(member)
-            self._write(member, row)
-        else:
-            bank = self._banks.get(layout) or self._banks.setdefault(layout, Bank(layout, self.device))
-            member.bank, member.slot = bank, bank.put(row)
-        member.biases = {n: b.to(self.device) for n, b in adapter.biases.items()}
-        for head, module in heads.items():
-            self._add_head(head, module, member, adapter.modules[head])
-        self._enter(member)
+        self.inside.from_adapter(adapter, name, trainable)
+        self._selections.clear()
         return self
 
     def _read(self, source: "str | PathLike", revision: str | None) -> Adapter:
@@ -245,31 +217,20 @@ class Vera:
 
     def remove(self, name: str) -> None:
         """Takes one adapter out of memory; if it was active, the base model is."""
-        member = self.member(name)
+        self.member(name)
         if self.merged == name:
             raise StateError(f'adapter "{name}" is merged into the base weights: call unmerge() first.')
         if self.active == name:
             self.runtime.active = BASE
-        for owner, d, b in member.owners.values():
-            del owner._parameters[d], owner._parameters[b]
-        for head in member.heads:
-            module = self._heads[head]
-            module._vera_head.resident.pop(member.number, None)  # type: ignore[union-attr, operator]
-            module._modules.pop(f"vera_{member.number}", None)
-        if member.bank is not None:
-            member.bank.drop(member.slot)
-        del self.members[name]
+        self.inside.remove(name)
         self._selections.clear()
 
     def detach(self) -> nn.Module:
         """The plain model again: classes, keys, bits and requires_grad as before attach. Unsaved adapters are gone."""
         self._unmerged("detach")
-        for name in list(self.members):
-            self.remove(name)
-        for module in self._sites.values():
-            layers.release(module)
-        for module in self._heads.values():
-            layers.release_head(module)
+        self.runtime.active = BASE
+        self.inside.release()
+        self._selections.clear()
         root.release(self.model)
         for p in self._trained_before:
             p.requires_grad_(True)
@@ -283,7 +244,7 @@ class Vera:
         self.runtime.active = BASE if name is None else self._one(self.member(name))
 
     def _one(self, member: Member) -> Selection:
-        return Selection("one", member, device=self.device)
+        return Selection("one", member, device=self.inside.device)
 
     @contextlib.contextmanager
     def using(self, name: str | None) -> Iterator[None]:
@@ -318,18 +279,18 @@ class Vera:
         self._unmerged(f"use {kind}()")
         if isinstance(names, str):
             raise ConfigError(f'{kind}() got the string "{names}", expected a list with a name or None for each row.')
-        key = (kind, tuple(names), self.device)
+        key = (kind, tuple(names), self.inside.device)
         selection = self._selections.get(key)
         if selection is None:
             members = tuple(None if n is None else self.member(n) for n in names)
-            selection = Selection(kind, names=tuple(names), members=members, device=self.device)
+            selection = Selection(kind, names=tuple(names), members=members, device=self.inside.device)
             self._selections[key] = selection
             if len(self._selections) > 32:
                 self._selections.popitem(last=False)
         return self.runtime.override(selection)
 
     def reference(self) -> nn.Module:
-        """The base model as a module of its own without a second copy of it: the reference model that DPO and KL terms ask for."""
+        """The base model as a module of its own without a second copy: the reference model that DPO and KL terms ask for."""
         return root.Reference(self)
 
     # Merging
@@ -352,7 +313,7 @@ class Vera:
     # Training
 
     def parameter_groups(self, lr: float = 1e-2, lr_head: float = 4e-3, name: str | None = None) -> list[dict[str, Any]]:
-        """Optimiser groups of one adapter, or of all trainable ones: vectors at lr, fully trained modules at lr_head (Table 8)."""
+        """Optimiser groups of one adapter, or of all trainable ones: d and b at lr, whole modules at lr_head (Table 8)."""
         chosen = [self.member(name)] if name is not None else [m for m in self.members.values() if m.trainable]
         vectors = [
             t
@@ -361,7 +322,7 @@ class Vera:
             for t in (o._parameters[d], o._parameters[b])
             if t is not None and t.requires_grad
         ]
-        heads = [p for m in chosen for h in m.heads for p in self._head(h, m).parameters() if p.requires_grad]
+        heads = [p for m in chosen for h in m.heads for p in self.inside.head(h, m).parameters() if p.requires_grad]
         if not vectors and not heads:
             raise StateError("there is nothing to train: add(config) an adapter, or load one with trainable=True.")
         groups = [{"params": vectors, "lr": lr, "name": "vectors"}] if vectors else []
@@ -379,18 +340,7 @@ class Vera:
         extra = f" + {head:,} in fully trained modules" if head else ""
         print(f"trainable: {vectors:,} in d and b{extra}; frozen: {base:,} ({100 * vectors / max(1, base):.4f} %)")
 
-    # Insides
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the first adapted weight, or of the model's first parameter."""
-        module: nn.Module = next(iter(self._sites.values()), self.model)
-        first = next((p for p in module.parameters() if p.device.type != "meta"), None)
-        return torch.device("cpu") if first is None else first.device
-
-    def hashes(self, names: Sequence[str]) -> dict[str, str]:
-        """Weight hashes of these layers, cached until a weight changes; of a merged model, those of its base weights."""
-        return {n: h for n in names if (h := matching.cached_hash(self, n))}
+    # Checks
 
     def _new_name(self, name: str) -> None:
         _checked(None, name)
@@ -400,118 +350,3 @@ class Vera:
     def _unmerged(self, what: str) -> None:
         if self.merged is not None:
             raise StateError(f'can\'t {what}: adapter "{self.merged}" is merged into the base weights. Call unmerge() first.')
-
-    def _enter(self, member: Member) -> None:
-        self._next += 1
-        self.members[member.name] = member
-        self._selections.clear()
-
-    def _adapt(self, layout: Layout, modules: Mapping[str, nn.Module], heads: Mapping[str, nn.Module]) -> None:
-        for layer, module in modules.items():
-            if layer not in self._sites:
-                layers.adapt(layer, module, self.runtime)
-                self._sites[layer] = module
-        for head, module in heads.items():
-            if head not in self._heads:
-                layers.adapt_head(head, module, self.runtime)
-                self._heads[head] = module
-
-    def _layout(self, units: Sequence[UnitSpec]) -> Layout:
-        key = tuple((u.unit, u.m, u.r, u.scale, u.basis) for u in units)
-        if key not in self._layouts:
-            self._layouts[key] = Layout(tuple(units))
-        return self._layouts[key]
-
-    def _layout_of(self, adapter: Adapter) -> Layout:
-        vectors, ids = adapter.vectors, adapter.layer_ids
-        lengths = tuple((unit, len(b), len(d), ids.get(unit)) for unit, (d, b) in vectors.items())
-        key = (adapter.basis, adapter.config.scale, lengths)
-        if key not in self._layouts:
-            self._layouts[key] = self._layout(matching.units(self, adapter))
-        return self._layouts[key]
-
-    def _make_trainable(self, member: Member) -> None:
-        owners = {}
-        for unit in member.layout.units:
-            module = self._sites[unit.layer]
-            stem = f"vera_{member.number}" + (f"_{unit.unit.partition(':')[2]}" if ":" in unit.unit else "")
-            device = module.weight.device if module.weight.device.type != "meta" else torch.device("cpu")  # type: ignore[union-attr]
-            d = torch.full((unit.r,), float(member.config.d_start), device=device)
-            b = torch.full((unit.m,), float(member.config.b_start), device=device)
-            module.register_parameter(f"{stem}_d", nn.Parameter(d, requires_grad=member.config.train != "b"))
-            module.register_parameter(f"{stem}_b", nn.Parameter(b, requires_grad=member.config.train != "d"))
-            owners[unit.unit] = (module, f"{stem}_d", f"{stem}_b")
-        member.owners = owners
-
-    @torch.no_grad()
-    def _write(self, member: Member, row: Tensor) -> None:
-        """Fills the vectors of an adapter from a flat row in its layout's order."""
-        at = 0
-        for unit in member.layout.units:
-            for vector in member.vectors(unit.unit):
-                vector.copy_(row[at : at + vector.numel()])
-                at += vector.numel()
-
-    def _find_heads(self, config: VeraConfig) -> dict[str, nn.Module]:
-        found: dict[str, nn.Module] = {}
-        modules = {n: m for n, m in self.model.named_modules() if n and not _OWN.search(n)}
-        for wanted in config.train_modules:
-            hits = {n: m for n, m in modules.items() if n == wanted or n.endswith("." + wanted)}
-            if not hits:
-                leaves = list(dict.fromkeys(n.rpartition(".")[2] for n in modules))
-                raise unknown_name("module (train_modules)", wanted, leaves)
-            found |= hits
-        adapted = [n for n, m in found.items() if any(isinstance(c, layers.VeraLayer) for c in m.modules())]
-        if adapted:
-            raise ConfigError(f'"{adapted[0]}" is adapted by another adapter and can\'t be trained in full too.')
-        return found
-
-    def _add_head(self, name: str, module: nn.Module, member: Member, state: Mapping[str, Tensor] | None = None) -> None:
-        copied = layers.plain_copy(module)
-        if state is not None:
-            copied.load_state_dict(dict(state))
-        if member.trainable:
-            copied.requires_grad_(True)
-            module.add_module(f"vera_{member.number}", copied)
-        else:
-            module._vera_head.resident[member.number] = copied  # type: ignore[union-attr, operator]
-
-    def _head(self, name: str, member: Member) -> nn.Module:
-        module = self._heads[name]
-        return module._vera_head.copy_of(module, member)  # type: ignore[union-attr, operator]
-
-    def warn_uncalled(self) -> None:
-        """After the first forward with adapters: names adapted layers that it never called, whose vectors can't train."""
-        selection = self.runtime.overridden() or self.runtime.active
-        if self._checked_calls or not selection.distinct:
-            return
-        self._checked_calls = True
-        silent = [n for m in selection.distinct for n in m.layout.by_layer if not self._sites[n]._vera.called]  # type: ignore[union-attr]
-        if silent:
-            warnings.warn(
-                f"{len(silent)} adapted layers were not called in the first forward, so their adapters do nothing: "
-                f"{', '.join(silent[:3])}{' …' if len(silent) > 3 else ''}. Their parent may read the weight directly.",
-                VeraWarning,
-            )
-
-    def trained_vectors(self) -> "weakref.WeakSet[Tensor]":
-        """All trainable d and b."""
-        return weakref.WeakSet(t for m in self.members.values() if m.trainable for u in m.layout.units for t in m.vectors(u.unit))
-
-
-def _units(targets: Sequence[Target], config: VeraConfig) -> list[UnitSpec]:
-    if config.basis == "peft":
-        ranks = {t.rank for t in targets}
-        if len(ranks) > 1:
-            raise ConfigError(
-                f"basis='peft' has one rank for all layers; the config gives {sorted(ranks)}. Use basis='philox-u8'."
-            )
-        widest_in, widest_out = max(t.n for t in targets), max(shape(t.module)[0] for t in targets)
-        whole = Basis("peft", config.seed, rank=ranks.pop(), max_in=widest_in, max_out=widest_out)
-    else:
-        whole = Basis("philox-u8", config.seed, config.levels)
-    out = []
-    for t in targets:
-        basis = whole if config.sharing == "shared" else Basis("philox-u8", config.seed, config.levels, layer_id_of(t.unit))
-        out.append(UnitSpec(t.unit, t.layer, t.rows, t.m, t.n, t.rank, config.scale * basis.scale(t.n, t.rank), basis))
-    return out

@@ -5,7 +5,6 @@ patched on the instance that a copy would share.
 """
 
 import contextlib
-import functools
 import warnings
 import weakref
 from collections.abc import Mapping
@@ -51,14 +50,10 @@ class VeraRoot:
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)  # type: ignore[misc]
         vera = self._vera_handle
-        device = vera.device
-        for bank in vera._banks.values():
-            bank.to(device)
-        for member in vera.members.values():
-            member.biases = {n: b.to(device) for n, b in member.biases.items()}
+        vera.inside.move()
         vera._selections.clear()
         if vera.runtime.active.member is not None:
-            vera.runtime.active = Selection("one", vera.runtime.active.member, device=device)
+            vera.runtime.active = Selection("one", vera.runtime.active.member, device=vera.inside.device)
         return self
 
 
@@ -98,9 +93,13 @@ def _rebuild(plain: type) -> Any:
     return cls.__new__(cls)
 
 
-@functools.cache
-def _root_class(plain: type) -> type:
-    mixin: type = VeraRoot
+_classes: dict[type, Any] = {}
+
+
+def _root_class(plain: Any) -> Any:
+    if plain in _classes:
+        return _classes[plain]
+    mixin: Any = VeraRoot
     if hasattr(plain, "save_pretrained") and hasattr(plain, "config_class"):
         mixin = VeraGenerative if hasattr(plain, "generate") else VeraPreTrained
     return type(
@@ -146,7 +145,7 @@ def _after_root(model: Any, args: Any, output: Any) -> None:
     vera.runtime.clear_memo()
     if output is None or torch._C._current_graph_task_id() >= 0:
         return  # a forward that failed has no output
-    vera.warn_uncalled()
+    vera.inside.warn_uncalled(vera.runtime.overridden() or vera.runtime.active)
     if torch.is_grad_enabled():
         selection = vera.runtime.current()
         for leaf in tree_leaves(output):
@@ -164,8 +163,8 @@ def _as_plain(model: Any):
     """transformers sees neither an adapter nor its children while it writes a merged model."""
     vera = model._vera_handle
     flag = model.__dict__.pop("_hf_peft_config_loaded", None)
-    aside = [(head, n, head._modules.pop(n)) for head in vera._heads.values() for n in list(head._modules) if _is_own(n)]
-    parameters = [(m, n, m._parameters.pop(n)) for m in vera._sites.values() for n in list(m._parameters) if _is_own(n)]
+    aside = [(head, n, head._modules.pop(n)) for head in vera.inside.heads.values() for n in list(head._modules) if _is_own(n)]
+    parameters = [(m, n, m._parameters.pop(n)) for m in vera.inside.sites.values() for n in list(m._parameters) if _is_own(n)]
     cls = model.__class__
     model.__class__ = cls._vera_plain_root
     try:
@@ -214,7 +213,7 @@ def _load_tensors(vera: "Vera", member: Any, tensors: Mapping[str, Tensor]) -> N
                 )
             vector.copy_(value)
     for head in member.heads:
-        module = vera._head(head, member)
+        module = vera.inside.head(head, member)
         prefix = f"module.{head}."
         module.load_state_dict({k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)})
 

@@ -19,6 +19,8 @@ from .bank import Layout, Member
 from .core import Plan
 from .errors import StateError
 
+CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True, eq=False)
 class Group:
@@ -54,7 +56,7 @@ class Selection:
     member: Member | None = None
     names: tuple[str | None, ...] = ()
     members: tuple[Member | None, ...] = ()
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
     _cache: dict = field(default_factory=dict)
 
     @property

@@ -23,7 +23,7 @@ def adapted(base, **settings):
     vera = attach(model, VeraConfig(**(dict(rank=6, seed=1, targets=["q_proj", "v_proj"]) | settings)))
     randomise(vera, "default", size=0.5)
     for module in vera.adapter().modules:
-        torch.nn.init.normal_(vera._head(module, vera.member(None)).weight)
+        torch.nn.init.normal_(vera.inside.head(module, vera.member(None)).weight)
     return vera, logits(model)
 
 

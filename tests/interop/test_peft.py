@@ -212,7 +212,7 @@ def test_peft_loads_what_we_write_with_equal_logits(name, tmp_path):
     vera = attach(model, VeraConfig(**(dict(rank=8, seed=3) | settings)))
     randomise(vera, "default", size=0.5)
     for module in vera.adapter().modules:
-        torch.nn.init.normal_(vera._head(module, vera.member(None)).weight)
+        torch.nn.init.normal_(vera.inside.head(module, vera.member(None)).weight)
     expected = logits(model)
     write_peft(vera.adapter(), tmp_path)
     assert distance(expected, plain) > 100 * TOLERANCE

@@ -1,0 +1,218 @@
+"""What lives in a model with adapters: the adapted linears, the copies of heads, the banks and the members."""
+
+import re
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import layers, matching
+from .adapter import Adapter
+from .autograd import UnitSpec
+from .bank import Bank, Layout, Member
+from .basis import Basis, layer_id_of
+from .config import VeraConfig
+from .errors import ConfigError, VeraWarning, unknown_name
+from .linears import shape
+from .selection import Runtime, Selection
+from .targets import Target, find_targets
+
+_OWN = re.compile(r"(^|\.)vera_\d+(\.|$)")
+
+
+class Residence:
+    """The inside of one Vera handle: makes members, resident and trainable, and takes them out again."""
+
+    def __init__(self, model: nn.Module, runtime: Runtime) -> None:
+        self.model = model
+        self.runtime = runtime
+        self.members: dict[str, Member] = {}
+        self.sites: dict[str, nn.Module] = {}
+        self.heads: dict[str, nn.Module] = {}
+        self.banks: dict[Layout, Bank] = {}
+        self.layouts: dict[tuple, Layout] = {}
+        self.hashes: dict[str, tuple[int, int, str]] = {}
+        self._next = 0
+        self._checked_calls = False
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the first adapted weight, or of the model's first parameter."""
+        module: nn.Module = next(iter(self.sites.values()), self.model)
+        first = next((p for p in module.parameters() if p.device.type != "meta"), None)
+        return torch.device("cpu") if first is None else first.device
+
+    def fresh(self, config: VeraConfig, name: str) -> Member:
+        """A trainable member with vectors at their start."""
+        targets = [t for t in find_targets(self.model, config) if not _OWN.search(t.layer)]
+        heads = self._find_heads(config)
+        member = Member(name, config, self._layout(_units(targets, config)), self._next, heads=tuple(heads))
+        self._adapt({t.layer: t.module for t in targets}, heads)
+        self._make_trainable(member)
+        for module in heads.values():
+            self._add_head(module, member)
+        return self._enter(member)
+
+    def from_adapter(self, adapter: Adapter, name: str, trainable: bool) -> Member:
+        """A member with an adapter's vectors; matching.check has passed."""
+        layout = self._layout_of(adapter)
+        heads = matching.heads(self.model, adapter)
+        self._adapt({n: self.model.get_submodule(n) for n in (*layout.by_layer, *adapter.biases) if n not in self.sites}, heads)
+        member = Member(name, adapter.config, layout, self._next, heads=tuple(heads), notes=adapter.notes)
+        row = torch.cat([t for u in layout.units for t in adapter.vectors[u.unit]]) if layout.units else torch.empty(0)
+        if trainable:
+            self._make_trainable(member)
+            self._write(member, row)
+        else:
+            bank = self.banks.get(layout) or self.banks.setdefault(layout, Bank(layout, self.device))
+            member.bank, member.slot = bank, bank.put(row)
+        member.biases = {n: b.to(self.device) for n, b in adapter.biases.items()}
+        for head, module in heads.items():
+            self._add_head(module, member, adapter.modules[head])
+        return self._enter(member)
+
+    def remove(self, name: str) -> None:
+        """Takes one member out of memory."""
+        member = self.members.pop(name)
+        for owner, d, b in member.owners.values():
+            del owner._parameters[d], owner._parameters[b]
+        for head in member.heads:
+            module = self.heads[head]
+            module._vera_head.resident.pop(member.number, None)  # type: ignore[union-attr, operator]
+            module._modules.pop(f"vera_{member.number}", None)
+        if member.bank is not None:
+            member.bank.drop(member.slot)
+
+    def release(self) -> None:
+        """Every adapted module the plain one again."""
+        for name in list(self.members):
+            self.remove(name)
+        for module in self.sites.values():
+            layers.release(module)
+        for module in self.heads.values():
+            layers.release_head(module)
+
+    def move(self) -> None:
+        """Resident adapters follow the model to its device."""
+        for bank in self.banks.values():
+            bank.to(self.device)
+        for member in self.members.values():
+            member.biases = {n: b.to(self.device) for n, b in member.biases.items()}
+
+    def hashes_of(self, names: Iterable[str]) -> dict[str, str]:
+        """Weight hashes of these layers, cached until a weight changes; of a merged model, those of its base weights."""
+        return {n: h for n in names if (h := matching.cached_hash(self, n, self.sites[n]))}
+
+    def head(self, name: str, member: Member) -> nn.Module:
+        """A member's own copy of a fully trained module."""
+        module = self.heads[name]
+        return module._vera_head.copy_of(module, member)  # type: ignore[union-attr, operator]
+
+    def warn_uncalled(self, selection: Selection) -> None:
+        """After the first forward with adapters: names adapted layers that it never called, whose vectors can't train."""
+        if self._checked_calls or not selection.distinct:
+            return
+        self._checked_calls = True
+        silent = [n for m in selection.distinct for n in m.layout.by_layer if not self.sites[n]._vera.called]  # type: ignore[union-attr]
+        if silent:
+            warnings.warn(
+                f"{len(silent)} adapted layers were not called in the first forward, so their adapters do nothing: "
+                f"{', '.join(silent[:3])}{' …' if len(silent) > 3 else ''}. Their parent may read the weight directly.",
+                VeraWarning,
+            )
+
+    def _enter(self, member: Member) -> Member:
+        self._next += 1
+        self.members[member.name] = member
+        return member
+
+    def _adapt(self, modules: Mapping[str, nn.Module], heads: Mapping[str, nn.Module]) -> None:
+        for layer, module in modules.items():
+            if layer not in self.sites:
+                layers.adapt(layer, module, self.runtime)
+                self.sites[layer] = module
+        for head, module in heads.items():
+            if head not in self.heads:
+                layers.adapt_head(head, module, self.runtime)
+                self.heads[head] = module
+
+    def _layout(self, units: Sequence[UnitSpec]) -> Layout:
+        key = tuple((u.unit, u.m, u.r, u.scale, u.basis) for u in units)
+        if key not in self.layouts:
+            self.layouts[key] = Layout(tuple(units))
+        return self.layouts[key]
+
+    def _layout_of(self, adapter: Adapter) -> Layout:
+        vectors, ids = adapter.vectors, adapter.layer_ids
+        lengths = tuple((unit, len(b), len(d), ids.get(unit)) for unit, (d, b) in vectors.items())
+        key = (adapter.basis, adapter.config.scale, lengths)
+        if key not in self.layouts:
+            self.layouts[key] = self._layout(matching.units(self.model, adapter))
+        return self.layouts[key]
+
+    def _make_trainable(self, member: Member) -> None:
+        owners = {}
+        for unit in member.layout.units:
+            module = self.sites[unit.layer]
+            stem = f"vera_{member.number}" + (f"_{unit.unit.partition(':')[2]}" if ":" in unit.unit else "")
+            weight: Any = module.weight
+            device = torch.device("cpu") if weight.is_meta else weight.device
+            d = torch.full((unit.r,), float(member.config.d_start), device=device)
+            b = torch.full((unit.m,), float(member.config.b_start), device=device)
+            module.register_parameter(f"{stem}_d", nn.Parameter(d, requires_grad=member.config.train != "b"))
+            module.register_parameter(f"{stem}_b", nn.Parameter(b, requires_grad=member.config.train != "d"))
+            owners[unit.unit] = (module, f"{stem}_d", f"{stem}_b")
+        member.owners = owners
+
+    @torch.no_grad()
+    def _write(self, member: Member, row: Tensor) -> None:
+        """Fills the vectors of an adapter from a flat row in its layout's order."""
+        at = 0
+        for unit in member.layout.units:
+            for vector in member.vectors(unit.unit):
+                vector.copy_(row[at : at + vector.numel()])
+                at += vector.numel()
+
+    def _find_heads(self, config: VeraConfig) -> dict[str, nn.Module]:
+        found: dict[str, nn.Module] = {}
+        modules = {n: m for n, m in self.model.named_modules() if n and not _OWN.search(n)}
+        for wanted in config.train_modules:
+            hits = {n: m for n, m in modules.items() if n == wanted or n.endswith("." + wanted)}
+            if not hits:
+                leaves = list(dict.fromkeys(n.rpartition(".")[2] for n in modules))
+                raise unknown_name("module (train_modules)", wanted, leaves)
+            found |= hits
+        adapted = [n for n, m in found.items() if any(isinstance(c, layers.VeraLayer) for c in m.modules())]
+        if adapted:
+            raise ConfigError(f'"{adapted[0]}" is adapted by another adapter and can\'t be trained in full too.')
+        return found
+
+    def _add_head(self, module: nn.Module, member: Member, state: Mapping[str, Tensor] | None = None) -> None:
+        copied = layers.plain_copy(module)
+        if state is not None:
+            copied.load_state_dict(dict(state))
+        if member.trainable:
+            copied.requires_grad_(True)
+            module.add_module(f"vera_{member.number}", copied)
+        else:
+            module._vera_head.resident[member.number] = copied  # type: ignore[union-attr, operator, assignment]
+
+
+def _units(targets: Sequence[Target], config: VeraConfig) -> list[UnitSpec]:
+    if config.basis == "peft":
+        ranks = {t.rank for t in targets}
+        if len(ranks) > 1:
+            raise ConfigError(
+                f"basis='peft' has one rank for all layers; the config gives {sorted(ranks)}. Use basis='philox-u8'."
+            )
+        widest_in, widest_out = max(t.n for t in targets), max(shape(t.module)[0] for t in targets)
+        whole = Basis("peft", config.seed, rank=ranks.pop(), max_in=widest_in, max_out=widest_out)
+    else:
+        whole = Basis("philox-u8", config.seed, config.levels)
+    out = []
+    for t in targets:
+        basis = whole if config.sharing == "shared" else Basis("philox-u8", config.seed, config.levels, layer_id_of(t.unit))
+        out.append(UnitSpec(t.unit, t.layer, t.rows, t.m, t.n, t.rank, config.scale * basis.scale(t.n, t.rank), basis))
+    return out
