@@ -133,7 +133,8 @@ def _arguments(settings: Settings, data: Data, checkpoints: Path) -> "TrainingAr
     def every(kind: str, value: Any) -> dict[str, Any]:
         if value == "never" or (kind == "eval" and data.validation is None):
             return {f"{kind}_strategy": "no"}
-        return {f"{kind}_strategy": "epoch"} if value == "epoch" else {f"{kind}_strategy": "steps", f"{kind}_steps": value}
+        # "epoch" becomes a number of steps in AdapterTrainer, so that one place orders evaluations and checkpoints.
+        return {f"{kind}_strategy": "steps", f"{kind}_steps": 1 if value == "epoch" else value}
 
     metric = settings.resolved_metric
     if metric not in METRICS[settings.task]:

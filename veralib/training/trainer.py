@@ -37,6 +37,14 @@ class AdapterTrainer(Trainer):
         self.elapsed, self.paused, self.started = elapsed, 0.0, time.perf_counter()
         super().__init__(model=attached.model, **kwargs)
         self.add_callback(_Order(self))
+        # Trainer's own "epoch" evaluates after the last step's checkpoint is written: a run that goes on from there would
+        # miss the evaluation. By steps, each evaluation comes before the checkpoint of its step.
+        batches = len(self.get_train_dataloader())
+        steps = max(1, -(-batches // self.args.gradient_accumulation_steps))
+        if settings.evaluate_every == "epoch":
+            self.args.eval_steps = steps
+        if settings.save_every == "epoch":
+            self.args.save_steps = steps
 
     def train_seconds(self) -> float:
         """Seconds of training so far, over all the parts of an interrupted run, without evaluations and checkpoints."""
