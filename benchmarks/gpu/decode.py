@@ -23,7 +23,12 @@ ROUNDS, REPEATS = 9, 10
 
 
 def graphed(run: Callable[[], Any], clock: common.Clock) -> Callable[[], Any]:
-    """A replay of run() captured as a CUDA graph. Raises where run() can't be captured."""
+    """A replay of run() captured as a CUDA graph. Raises where run() waits for the device, which no graph can hold."""
+    torch.cuda.set_sync_debug_mode("error")  # asks before capturing: a capture that fails leaves the allocator in disorder
+    try:
+        run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

@@ -59,6 +59,7 @@ def _machine(result: Result) -> str:
     e = result["environment"]
     versions = ", ".join(f"{name} {v}" for name, v in e["versions"].items() if v != "absent")
     ceilings = ", ".join(f"{k} {v:.0f}" for k, v in e.get("ceilings", {}).items())
+    measured = f" Measured: {ceilings}." if ceilings else ""
     return f"{e['device']}; Python {e['python']}, {versions}; commit {e['commit']}, {e['date']}.{measured}"
 
 
