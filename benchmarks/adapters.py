@@ -7,7 +7,6 @@ import multiprocessing
 import random
 import shutil
 import tempfile
-import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -45,16 +44,19 @@ ROWS = [
 QUICK = [Row(Contestant("veralib", 8), 8), Row(Contestant("peft-vera", 8), 8), Row(Contestant("lora", 1), 8)]
 
 
-def run(rows: list[Row], shape: str = "llama", log: Callable[[str], None] = print) -> dict[str, Any]:
+def run(rows: list[Row], shape: str = "llama", log: Callable[[str], None] = print, *, own_process: bool = True) -> dict[str, Any]:
     """The result: for each row milliseconds to load the 1st and the last, to switch, and bytes per further adapter.
 
-    Every row has a process of its own, for the memory of one says nothing where another's has just been freed.
+    own_process: each row in a new process, for resident memory says nothing where another row's has just been freed.
     """
     before = measure.environment()
     found = {}
     for row in rows:
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            found[row.name] = pool.submit(measure_row, row, shape, torch.get_num_threads()).result()
+        if own_process:
+            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+                found[row.name] = pool.submit(measure_row, row, shape, torch.get_num_threads()).result()
+        else:
+            found[row.name] = measure_row(row, shape, torch.get_num_threads())
         facts = found[row.name]
         first, last = facts["load_first_ms"]["median"], facts["load_last_ms"]["median"]
         switch = facts["switch_ms"]["median"]
@@ -164,9 +166,9 @@ def _load_and_switch(count: int, load: Callable[[int], Any], use: Callable[[int]
 
 
 def _ms(act: Callable[..., Any], *arguments: Any) -> float:
-    start = time.perf_counter()
+    start = measure.clock()
     act(*arguments)
-    return 1e3 * (time.perf_counter() - start)
+    return 1e3 * (measure.clock() - start)
 
 
 def _read(path: Path) -> dict[str, torch.Tensor]:

@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     wanted = options.only or names
     out = options.out or (Path(tempfile.mkdtemp(prefix="veralib-bench-")) if options.quick else measure.ROOT / "results/bench")
     out.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1 if options.quick else THREADS)  # 2 threads on a busy machine wait for each other at each op
+    torch.set_num_threads(1 if options.quick else options.threads)
     with measure.alone():
         for setting in (s for s in settings if s.name in wanted):
             _start(setting.name)
@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
         if "adapters" in wanted:
             _start("adapters")
             rows = [r for r in (adapters.QUICK if options.quick else adapters.ROWS) if r.contestant.method not in options.skip]
-            _write(adapters.run(rows, "tiny-llama" if options.quick else "llama", _log), out)
+            _write(adapters.run(rows, "tiny-llama" if options.quick else "llama", _log, own_process=not options.quick), out)
     render_tables(out, None if options.quick or options.out else measure.ROOT / "README.md")
     _log(f"results in {out}")
     return 0
@@ -61,6 +61,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", action="append", default=[], metavar="NAME", help="run this benchmark alone; repeatable")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, for tests: the numbers mean nothing")
     parser.add_argument("--skip", action="append", default=[], metavar="METHOD", help="leave out veralib, peft-vera, full, …")
+    parser.add_argument("--threads", type=int, default=THREADS, help="1: processor time, for a busy machine")
     parser.add_argument("--out", type=Path, help="folder for the result files; default results/bench")
     return parser.parse_args(arguments)
 

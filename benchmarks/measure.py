@@ -41,9 +41,14 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": middle, "low": low, "high": high, "n": len(values)}
 
 
+def clock() -> float:
+    """Seconds: of the wall, or, with one thread, of the processor, which other programs on the machine hardly disturb."""
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
 def interleave(steps: dict[str, Callable[[], Any]], rounds: int, warmup: int) -> dict[str, list[float]]:
-    """Seconds of every step in every round. A round runs each step once; the order moves on by one from round to round,
-    so that a disturbance or a warm cache doesn't always meet the same step."""
+    """Seconds, by clock(), of every step in every round. A round runs each step once; the order moves on by one from round
+    to round, so that a disturbance or a warm cache doesn't always meet the same step."""
     names = list(steps)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     gc.collect()
@@ -52,9 +57,9 @@ def interleave(steps: dict[str, Callable[[], Any]], rounds: int, warmup: int) ->
         for r in range(warmup + rounds):
             for k in range(len(names)):
                 name = names[(r + k) % len(names)]
-                start = time.perf_counter()
+                start = clock()
                 steps[name]()
-                taken = time.perf_counter() - start
+                taken = clock() - start
                 if r >= warmup:
                     seconds[name].append(taken)
             gc.collect()
@@ -114,6 +119,7 @@ def environment() -> dict[str, Any]:
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "clock": "processor" if torch.get_num_threads() == 1 else "wall",
         "memory_bytes": psutil.virtual_memory().total,
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),

@@ -173,7 +173,7 @@ def _where(result: Result) -> str:
     e = result["environment"]
     versions = ", ".join(f"{name} {v}" for name, v in e["versions"].items())
     return (
-        f"{e['processor']}, {e['cores']} cores, {e['threads']} threads, {e['memory_bytes'] / 2**30:.0f} GiB; "
+        f"{e['processor']}, {e['cores']} cores, {e['threads']} threads ({e['clock']} time), {e['memory_bytes'] / 2**30:.0f} GiB; "
         f"Python {e['python']}, {versions}; commit {e['commit']}, {e['date']}; load average {e['load_average'][0]} before, "
         f"{e['load_average_after'][0]} after."
     )

@@ -154,7 +154,7 @@ def test_rank_by_pattern():
 
 def test_all_linear_leaves_the_head_out():
     llama = units(tiny_llama(), "all-linear")
-    assert len(llama) == 14 and "lm_head" not in llama
+    assert len(llama) == 14 and "lm_head" not in llama and llama == units(tiny_llama(), ["all-linear"])
     bert = units(tiny_bert(), "all-linear")
     assert "bert.pooler.dense" in bert and "classifier" not in bert
     assert not [u for u in units(on_meta("RobertaForMaskedLM", **L2), "all-linear") if u.startswith("lm_head")]
@@ -259,6 +259,12 @@ def test_multihead_attentions_out_proj_is_refused_by_name_and_skipped_by_all_lin
 def test_unknown_targets_list_the_known_and_the_nearest():
     with pytest.raises(ConfigError, match=r'"q_porj" matches no module. Did you mean "q_proj"\?.*"down_proj"'):
         units(tiny_llama(), ["q_porj"])
+
+
+def test_all_wrong_targets_are_reported_at_once():
+    with pytest.raises(ConfigError) as caught:
+        units(tiny_llama(), ["q_porj", "q_proj", "mlp", "o_proj:q"])
+    assert all(text in str(caught.value) for text in ('"q_porj" matches no module', "a LlamaMLP", "asks for a part"))
 
 
 def test_a_target_that_is_no_linear_names_what_it_is_and_the_linears_inside():

@@ -6,6 +6,7 @@ is folded in float32 and cast to the matmuls' dtype; ∂d and ∂b are reduced i
 """
 
 import functools
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -181,22 +182,39 @@ def _factored_backward(units, which, tensors, n_us, g, needs_u, needs) -> list[T
 def _dense_backward(units, vectors, x, g, tokens_first, needs) -> list[Tensor | None]:
     """∂d, ∂b of every unit from the saved x: P = gᵀ (x Aᵀ), or (gᵀ x) Aᵀ, whichever is cheaper."""
     grads: list[Tensor | None] = []
-    us: dict = {}
     for k, unit in enumerate(units):
         unit_needs = (needs[2 * k], needs[2 * k + 1])
         if not any(unit_needs):
             grads += [None, None]
             continue
-        gp, A = _take(g, unit.rows), unit.A(x)
-        if tokens_first:
-            key = (unit.basis, unit.r)
-            if key not in us:
-                us[key] = x @ A.t()
-            P = gp.t() @ us[key]
-        else:
-            P = (gp.t() @ x) @ A.t()
+        gp = _take(g, unit.rows)
+        P = gp.t() @ _rank_space(x, unit) if tokens_first else (gp.t() @ x) @ unit.A(x).t()
         grads += _vector_gradients(unit, P, vectors[2 * k], vectors[2 * k + 1], unit_needs)
     return grads
+
+
+class _BackwardMemo(threading.local):
+    """The last A x that a backward computed: q, k and v saved the same x, and their backwards follow one another."""
+
+    def __init__(self) -> None:
+        self.last: dict[Any, Tensor] = {}
+
+
+_memo = _BackwardMemo()
+
+
+def _rank_space(x: Tensor, unit: UnitSpec) -> Tensor:
+    last = _memo.last  # held by the callback too: CUDA's backward runs in another thread than its end
+    known = last.get("x")
+    if known is None or known.data_ptr() != x.data_ptr() or known.shape != x.shape or last["version"] != x._version:
+        if known is None and torch._C._current_graph_task_id() >= 0:
+            torch.autograd.Variable._execution_engine.queue_callback(last.clear)  # type: ignore[attr-defined]
+        last.clear()
+        last["x"], last["version"] = x, x._version  # holding x keeps its memory from being another tensor's
+    key = (unit.basis, unit.r, x.dtype)
+    if key not in last:
+        last[key] = x @ unit.A(x).t()
+    return last[key]
 
 
 class Merged(Function):

@@ -4,7 +4,7 @@ A layer is (m, n): m outputs, n inputs. VeRA trains Σ (m + r), LoRA Σ r·(m + 
 is the square case; VeRA's count is linear in r with slope 1 a layer, so even r = 1024 costs less than LoRA of rank 1 there.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,8 +97,12 @@ def budget(
     return Budget(model, layers, total, rows)
 
 
-def meta_model(model: str) -> Any:
-    """The model of a folder, config.json or hub id, on the meta device: names and shapes without a byte of weights."""
+def meta_model(model: str, layers: Collection[str] = ()) -> Any:
+    """The model of a folder, config.json or hub id, on the meta device: names and shapes without a byte of weights.
+
+    Of the class that its config names; with `layers`, of the first class in which all these modules exist: an adapter of a
+    classifier calls them "bert.encoder…", where the BertModel that it was loaded from has "encoder…".
+    """
     try:
         import torch
         import transformers
@@ -113,7 +117,18 @@ def meta_model(model: str) -> Any:
     except (OSError, ValueError, KeyError) as e:
         hint = f" Without a connection, Table 1's models are known: {', '.join(TABLE_1_MODELS)}."
         raise ConfigError(f'can\'t read the config of "{model}": {e}{hint}') from e
-    named = [getattr(transformers, name, None) for name in config.architectures or ()]
-    cls = next((c for c in named if c is not None), None)
+    classes = [c for name in config.architectures or () if (c := getattr(transformers, name, None)) is not None]
+    makers: list[Any] = [c._from_config for c in classes]
+    kinds = ("", "ForSequenceClassification", "ForCausalLM", "ForTokenClassification", "ForImageClassification", "ForSeq2SeqLM")
+    makers += [getattr(transformers, f"AutoModel{kind}").from_config for kind in kinds]
+    first = None
     with torch.device("meta"):
-        return cls._from_config(config) if cls is not None else transformers.AutoModel.from_config(config)
+        for make in makers:
+            try:
+                made = make(config)
+            except ValueError:  # this architecture has no such class
+                continue
+            first = made if first is None else first
+            if set(layers) <= {name for name, _ in made.named_modules()}:
+                return made
+    return first

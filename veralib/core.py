@@ -51,7 +51,8 @@ class Shape:
     dense: bool = True
     training: bool = True
     x_needs_grad: bool = True
-    have_u: bool = False
+    sharers: int = 1
+    """How many adapted layers read this very x (q, k, v: 3): A x and its gradient are made once for all."""
 
 
 def flops(plan: Plan, s: Shape) -> float:
@@ -60,12 +61,12 @@ def flops(plan: Plan, s: Shape) -> float:
     2·(a·b·c) for each product of (a, b) and (b, c). Elementwise work is counted where it is as large as a matrix.
     """
     T, m, n, r = s.tokens, s.m, s.n, s.r
-    tokens_to_rank, rank_to_out, form = 2 * T * n * r, 2 * T * m * r, 2 * m * n * r
+    tokens_to_rank, rank_to_out, form = 2 * T * n * r / s.sharers, 2 * T * m * r, 2 * m * n * r
     if plan == "factored":
-        forward = (0 if s.have_u else tokens_to_rank) + rank_to_out + T * m
+        forward = tokens_to_rank + rank_to_out + T * m
         if not s.training:
             return forward
-        gx = rank_to_out + (tokens_to_rank if s.x_needs_grad and not s.have_u else 0)
+        gx = rank_to_out + (tokens_to_rank if s.x_needs_grad else 0)
         return forward + gx + rank_to_out
     way, _, first = plan.partition("-")
     apart = way == "apart"

@@ -40,6 +40,7 @@ class Site:
         self.m, self.n = shape(module)
         self.hooked: Callable | None = module.__dict__.get("forward")
         self.called = False
+        self.sharers = 1
         self.number = compiled.register(self)
 
     def __setstate__(self, state: dict) -> None:
@@ -89,7 +90,7 @@ class Site:
             W is not None,
             training,
             x.requires_grad,
-            self.runtime.has_u(x, firsts[0], dtype),
+            self.runtime.sharers(x, self),
         )
         if plan.startswith("merged") and not exact:
             plan = "apart-weights" if plan.endswith("weights") else "apart-tokens"

@@ -212,9 +212,14 @@ class Runtime:
             memo[key] = F.linear(flat if rows is None else flat.index_select(0, rows), unit.A(flat))
         return memo[key]
 
-    def has_u(self, x: Tensor, unit: UnitSpec, dtype: torch.dtype) -> bool:
-        local = self._local
-        return getattr(local, "x", None) is x and (unit.basis, unit.r, dtype, 2, None, torch.is_grad_enabled()) in local.memo
+    def sharers(self, x: Tensor, site: Any) -> int:
+        """How many layers read x. The first of them can't know yet: it answers by the last forward."""
+        readers: list = self._memo(x).setdefault("readers", [])
+        if site not in readers:
+            readers.append(site)
+            for other in readers:
+                other.sharers = max(other.sharers, len(readers))
+        return site.sharers
 
     def cast(self, x: Tensor, flat: Tensor, dtype: torch.dtype) -> Tensor:
         """flat in the matmuls' dtype, once for all layers that read the same x."""

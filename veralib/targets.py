@@ -71,13 +71,13 @@ def find_targets(model: nn.Module, config: VeraConfig) -> list[Target]:
     """
     view = _View(model, config.train_modules)
     wanted = default_targets(model) if config.targets is None else config.targets
-    if wanted == ALL_LINEAR:
+    if wanted in (ALL_LINEAR, (ALL_LINEAR,)):
         chosen = {(name, "") for name in view.linears if name not in view.heads and name not in view.trained}
         _warn_of_experts(model, view)
     elif isinstance(wanted, str):
         chosen = view.by_expression(wanted)
     else:
-        chosen = {unit for target in wanted for unit in view.by_name(target)}
+        chosen = view.by_names(wanted)
     if not chosen:
         raise ConfigError(
             f"targets leave no linear of {type(model).__name__} to adapt: what they name is an output head "
@@ -97,18 +97,18 @@ def default_targets(model: nn.Module) -> tuple[str, ...]:
     ConfigError, with the endings of all linears, where none is known.
     """
     view = _View(model, ())
-    names = {name for name in view.linears if name not in view.heads}
+    names = {name: None for name in view.linears if name not in view.heads}  # a set that keeps the order
     found: dict[str, None] = {}
-    for name in view.linears:
-        if name not in names:
-            continue
+    for name in names:
         last = name.rpartition(".")[2]
         if {"q", "v"} <= set(view.parts(name)):
             found |= dict.fromkeys((f"{last}:q", f"{last}:v"))
         for query, value in QUERY_VALUE:
+            if not _ends(name, query):
+                continue
             sibling, _, part = value.partition(":")
             other = name.removesuffix(query) + sibling
-            if _ends(name, query) and other in names and (not part or part in view.parts(other)):
+            if other in names and (not part or part in view.parts(other)):
                 found |= dict.fromkeys((query, value))
     if not found:
         raise ConfigError(
@@ -147,19 +147,31 @@ class _View:
             self._parts[name] = parts_of(self.model, name)
         return self._parts[name]
 
+    def by_names(self, targets: Iterable[str]) -> set[tuple[str, str]]:
+        """The units of all targets; the faults of all of them in one ConfigError."""
+        units: set[tuple[str, str]] = set()
+        faults = []
+        for target in targets:
+            try:
+                units |= self.by_name(target)
+            except ConfigError as e:
+                faults.append(str(e))
+        if faults:
+            raise ConfigError("\n".join(faults))
+        return units
+
     def by_name(self, target: str) -> set[tuple[str, str]]:
         """The units that one target, a name or an ending with or without :part, stands for."""
         ending, colon, part = target.partition(":")
         matched = {first for name, first in self.names.items() if name and _ends(name, ending)}
-        linears = [name for name in matched if name in self.linears]
+        linears = sorted(matched & self.linears.keys(), key=lambda name: self._order[name])
         if not linears:
             raise ConfigError(self._no_linear(ending, matched))
         if not colon:
             return {(name, "") for name in linears if name not in self.trained}
         having = [name for name in linears if part in self.parts(name)]
         if not having:
-            known = self.parts(sorted(linears, key=lambda n: self._order[n])[0])
-            if not known:
+            if not (known := self.parts(linears[0])):
                 raise ConfigError(
                     f'target "{target}" asks for a part, but "{linears[0]}" has no parts that veralib knows: '
                     f'name it whole, "{ending}".'

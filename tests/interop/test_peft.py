@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import pickle
 
@@ -132,6 +133,28 @@ def test_resized_embeddings_that_peft_adds_are_modules(tmp_path):
     edit_tensors(tmp_path, lambda t: t | {"base_model.model.model.embed_tokens.weight": table})
     adapter = read_peft(tmp_path)
     assert torch.equal(adapter.modules["model.embed_tokens"]["weight"], table)
+
+
+def test_layers_pattern_becomes_the_layers_names(tmp_path):
+    """Which index PEFT's pattern picks isn't ours to guess: the file says which layers it picked."""
+    make(VARIANTS["layers_pattern"], tmp_path / "a")
+    config = read_peft(tmp_path / "a").config
+    assert (config.targets, config.layers) == (("model.layers.1.self_attn.k_proj",), None)
+    make(VARIANTS["layers_to_transform"], tmp_path / "b")
+    config = read_peft(tmp_path / "b").config
+    assert (config.targets, config.layers) == (("k_proj", "up_proj"), (1,))
+
+
+def test_task_and_orientation_survive_a_round_trip(tmp_path):
+    make(VARIANTS["classification head"], tmp_path / "in")
+    write_peft(read_peft(tmp_path / "in", tiny_bert()), tmp_path / "out")
+    loaded = peft.PeftModel.from_pretrained(tiny_bert(), tmp_path / "out")
+    assert isinstance(loaded, peft.PeftModelForSequenceClassification)
+    make(VARIANTS["Conv1D"], tmp_path / "conv")
+    adapter = read_peft(tmp_path / "conv", tiny_gpt2())
+    for name, notes in (("noted", adapter.notes), ("guessed", {})):
+        write_peft(dataclasses.replace(adapter, notes=notes), tmp_path / name)
+        assert json.loads((tmp_path / name / "adapter_config.json").read_text())["fan_in_fan_out"] is True
 
 
 # Shapes that the files don't say
@@ -458,6 +481,7 @@ def put(ending, value):
         (lambda f: edit_tensors(f, put("vera_A", lambda v: v[:5])), r"vera_A has shape \(5, 32\)"),
         (lambda f: edit_tensors(f, put("vera_B", lambda v: v[:31].clone())), r"vera_B \(31, 6\)"),
         (lambda f: edit_tensors(f, put("vera_lambda_b", lambda v: v * float("nan"))), "NaN or infinite"),
+        (lambda f: edit_tensors(f, lambda t: t | {"model.layers.0.self_attn.q_proj": torch.ones(32)}), "no part of PEFT's VeRA"),
         (lambda f: edit_tensors(f, lambda t: t | {"x.lora_A": torch.ones(2)}), "no part of PEFT's VeRA: x.lora_A"),
     ],
 )  # fmt: skip

@@ -1,6 +1,7 @@
 """vera merge, convert and inspect: what one does with an adapter file."""
 
 from pathlib import Path
+from typing import Any
 
 from typer import Argument, Option
 
@@ -77,12 +78,7 @@ def convert(
         raise unknown_name("adapter kind (--to)", to, kinds)
     if to != "lora" and (rank is not None or energy is not None):
         raise ConfigError("--rank and --energy cut a LoRA: they go with --to lora alone")
-    skeleton = None
-    if model is not None:
-        from ..budget import meta_model
-
-        skeleton = meta_model(model)
-    adapter = _read(source, skeleton)
+    adapter, skeleton = _read(source, model)
     if to == "veralib":
         from ..format import save_adapter
 
@@ -102,12 +98,19 @@ def convert(
         print(f"{report.folder}: {report.bytes:,} bytes, {shown}, relative error {report.error:.3g}")
 
 
-def _read(source: str, skeleton):
+def _read(source: str, model: str | None) -> tuple[Any, Any]:
+    """The adapter, and its base model without weights if one is named."""
     from ..interop.folder import is_peft_folder
     from ..interop.peft import read_peft
     from ..training.predict import read_adapter
 
-    return read_peft(source, skeleton) if is_peft_folder(source) and skeleton is not None else read_adapter(source)
+    adapter = read_adapter(source)
+    if model is None:
+        return adapter, None
+    from ..budget import meta_model
+
+    skeleton = meta_model(model, adapter.base.layers)
+    return (read_peft(source, skeleton) if is_peft_folder(source) else adapter), skeleton
 
 
 def inspect(

@@ -41,7 +41,9 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], rig
         out.add_column(column, justify="right" if column in right else "left", overflow="fold")
     for row in rows:
         out.add_row(*(Text(cell) for cell in row))
-    Console().print(out)
+    console = Console()
+    # Into a file or a pipe, rich would fold at 80 columns, in the middle of names that people grep for.
+    console.print(out) if console.is_terminal else Console(width=250).print(out)
 
 
 def human_bytes(count: int) -> str:

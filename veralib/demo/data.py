@@ -98,8 +98,11 @@ def load_data(library: Path | None = None, packages: int = PACKAGES) -> Data:
         )
     names = tuple(sorted(largest))
     mask = masker(names)
-    kept = [Sentence(mask(s.text), s.package, s.object) for name in names for s in _sample(found[name])]
-    return Data(names, tuple(kept))
+    kept: dict[str, Sentence] = {}
+    for s in (s for name in names for s in _sample(found[name])):
+        text = mask(s.text)
+        kept.setdefault(_letters(text), Sentence(text, s.package, s.object))  # two sentences may be one once they are masked
+    return Data(names, tuple(kept.values()))
 
 
 def masker(names: tuple[str, ...]):
@@ -160,7 +163,7 @@ def _without_repeats(sentences: Iterator[Sentence]) -> Mapping[str, list[Sentenc
     first: dict[str, Sentence] = {}
     shared = set()
     for s in sentences:
-        key = "".join(c for c in s.text.lower() if c.isalpha())
+        key = _letters(s.text)
         if first.setdefault(key, s).package != s.package:
             shared.add(key)
     found = defaultdict(list)
@@ -168,6 +171,10 @@ def _without_repeats(sentences: Iterator[Sentence]) -> Mapping[str, list[Sentenc
         if key not in shared:
             found[s.package].append(s)
     return found
+
+
+def _letters(text: str) -> str:
+    return "".join(c for c in text.lower() if c.isalpha())
 
 
 def _sample(sentences: list[Sentence]) -> list[Sentence]:

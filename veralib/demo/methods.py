@@ -30,5 +30,5 @@ METHODS: dict[str, Method] = {
     "vera": Method("VeRA r=256", {"method": "vera", "rank": 256, "lr": 3e-2, "lr_head": 1e-2, "epochs": 3}),
     "lora-r1": Method("LoRA r=1", {"method": "lora", "rank": 1, "lr": 3e-3, "lr_head": 1e-2, "epochs": 3}, "peft"),
     "lora-r8": Method("LoRA r=8", {"method": "lora", "rank": 8, "lr": 3e-3, "lr_head": 1e-2, "epochs": 3}, "peft"),
-    "full": Method("full fine-tuning", {"method": "full", "lr": 1e-4, "lr_head": 1e-2, "epochs": 3}),
+    "full": Method("all weights", {"method": "full", "lr": 1e-4, "lr_head": 1e-2, "epochs": 3}),
 }

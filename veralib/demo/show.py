@@ -90,9 +90,9 @@ class Screen:
 
     def table(self, result: report.Result) -> None:
         """The table and how to read it."""
-        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))  # narrow: it fits 80 columns
+        table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)  # narrow: it fits 80 columns
         for i, column in enumerate(report.COLUMNS):
-            table.add_column(column, justify="right" if i else "left")
+            table.add_column(column, justify="right" if i else "left", overflow="fold")
         for row in report.cells(result):
             table.add_row(*(Text(cell) for cell in row))
         self.say()

@@ -1,7 +1,6 @@
 """PEFT's VeRA config and tensors, as data, turned into an Adapter; and the shapes filled in that PEFT's files leave out."""
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -147,8 +146,8 @@ def _split_rest(
     modules: dict[str, dict[str, Tensor]] = {}
     unknown = []
     for key, tensor in rest.items():
-        layer = re.sub(r"(\.base_layer)?\.bias$", "", key)
-        if layer in layers and layer != key:
+        layer = key.removesuffix(".bias").removesuffix(".base_layer")
+        if key.endswith(".bias") and layer in layers:
             biases[layer] = tensor
         elif (module := _saved_module(key, fields.get("modules_to_save") or ())) is not None:
             modules.setdefault(module, {})[key[len(module) + 1 :]] = tensor

@@ -118,6 +118,8 @@ def _load(source: Source, names: Sequence[Any] | None, folder: Path):
 
     torch.manual_seed(source.settings.seed)
     base = load_base(source.settings, source.labels)
+    if torch.cuda.is_available() and not source.settings.quantise:
+        base.model.to("cuda")
     chat_template(source.settings, base.tokenizer)
     path = Path(source.path)
     if source.settings.method != "vera" and (path / "result.json").is_file():
