@@ -161,6 +161,7 @@ def render(results: list[dict[str, Any]]) -> str:
             all_rows.append([name, f"{those[0]['rate']} {value:g}", *scores, chosen])
     first = results[0]
     hardware, versions = first["hardware"], first["versions"]
+    base = f"{first['base']['folder']}, sha256 {first['base']['sha256'][:16]}…"
     where = hardware.get("gpu") or f"{hardware['processor']}, {hardware['threads']} threads"
     return "\n".join(
         [
@@ -168,10 +169,10 @@ def render(results: list[dict[str, Any]]) -> str:
             "",
             "Rendered by `python -m experiments.cola --render` from the files beside this page; nothing here is typed.",
             "",
-            f"Base: all-MiniLM-L6-v2 ({first['base']['folder']}, sha256 {first['base']['sha256'][:16]}…), query and value adapted. "
-            f"Every method trains the classification head in full (lr_head {COMMON['lr_head']:g} beside an adapter); it counts in "
-            f"the bytes, not in the parameters. {first['settings']['epochs']:g} epochs, batch {COMMON['batch_size']}, AdamW, linear "
-            "schedule with 6 % warm-up. Scores × 100, mean ± standard deviation over the seeds.",
+            f"Base: all-MiniLM-L6-v2 ({base}), query and value adapted. Every method trains the classification head in full "
+            f"(lr_head {COMMON['lr_head']:g} beside an adapter); it counts in the bytes, not in the parameters. "
+            f"{first['settings']['epochs']:g} epochs, batch {COMMON['batch_size']}, AdamW, linear schedule with 6 % warm-up. "
+            "Scores × 100, mean ± standard deviation over the seeds.",
             "",
             f"The learning rate is the one with the best mean Matthews correlation on {first['rows']['validation']} of CoLA's "
             f"training rows, held out; the other {first['rows']['train']:,} train. The official development set "
