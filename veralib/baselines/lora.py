@@ -21,13 +21,11 @@ def attach_lora(model: nn.Module, settings: "Settings", head: tuple[str, ...]) -
     rank = settings.resolved_rank
     if not isinstance(rank, int):
         raise ConfigError(f"rank is {rank!r}, and LoRA takes one whole number here; use options: {{rank_pattern: …}}")
-    # A module that is trained in full can't be adapted too: PEFT refuses it.
     fields: dict[str, Any] = {"r": rank, "lora_alpha": 2 * rank, "modules_to_save": list(head) or None, **settings.options}
     if settings.targets is not None:
-        targets = settings.targets
-        fields["target_modules"] = list(targets) if isinstance(targets, tuple) else targets
-        if isinstance(targets, str) and targets.isidentifier():
-            fields["target_modules"] = [targets]
+        fields["target_modules"] = list(settings.targets) if isinstance(settings.targets, tuple) else settings.targets
+    else:
+        fields.setdefault("target_modules", _default_targets(model))
     try:
         wrapped = get_peft_model(model, LoraConfig(**fields))  # type: ignore[arg-type]
     except (TypeError, ValueError) as e:
@@ -46,3 +44,14 @@ def attach_lora(model: nn.Module, settings: "Settings", head: tuple[str, ...]) -
         set_peft_model_state_dict(wrapped, load_file(folder / "adapter_model.safetensors"))
 
     return Attached(wrapped, adapter, rest, save, load)
+
+
+def _default_targets(model: nn.Module) -> list[str] | None:
+    """VeRA's default targets, query and value; PEFT's own (None) where those are parts of a fused linear."""
+    from ..targets import default_targets
+
+    try:
+        names = default_targets(model)
+    except ConfigError:
+        return None
+    return None if any(":" in name for name in names) else list(names)

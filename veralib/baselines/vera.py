@@ -18,8 +18,10 @@ FILE = "adapter_model.safetensors"
 def vera_config(settings: "Settings", head: tuple[str, ...]) -> VeraConfig:
     """The VeraConfig that a run's settings ask for; ConfigError on faults."""
     rank = settings.resolved_rank
-    fields = {"rank": rank, "seed": settings.basis_seed, "targets": settings.targets, "train_modules": head}
-    return VeraConfig(**{**fields, **settings.options})  # type: ignore[arg-type]
+    fields = {"rank": rank, "seed": settings.basis_seed, "targets": settings.targets, **settings.options}
+    more = fields.get("train_modules", ())
+    fields["train_modules"] = (*head, *((more,) if isinstance(more, str) else more))
+    return VeraConfig(**fields)  # type: ignore[arg-type]
 
 
 def attach_vera(model: nn.Module, settings: "Settings", head: tuple[str, ...]) -> Attached:
