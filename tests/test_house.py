@@ -16,7 +16,7 @@ ORDER = [
     {"config", "linears", "core", "fused"},
     {"adapter", "autograd", "targets", "budget"},
     {"bank", "checks"},
-    {"selection", "format"},
+    {"selection", "format", "checkpoint"},
     {"compiled", "layers"},
     {"matching"},
     {"residence", "merging", "root"},
@@ -39,7 +39,9 @@ def part(path: Path) -> str:
 def imports(path: Path):
     """(module of veralib, whether it is imported at the top) for every import of veralib's own in a file."""
     tree = ast.parse(path.read_text())
-    typing_only = {n for i in ast.walk(tree) if isinstance(i, ast.If) and "TYPE_CHECKING" in ast.unparse(i.test) for n in ast.walk(i)}
+    typing_only = {
+        n for i in ast.walk(tree) if isinstance(i, ast.If) and "TYPE_CHECKING" in ast.unparse(i.test) for n in ast.walk(i)
+    }
     package = ("veralib", *path.relative_to(ROOT).parts[:-1])
     top = set(tree.body)
     for node in ast.walk(tree):
@@ -48,7 +50,10 @@ def imports(path: Path):
             target = (*base, *(node.module.split(".") if node.module else ()))
             if target[:1] == ("veralib",):
                 for alias in node.names:
-                    yield (target[1] if len(target) > 1 else alias.name if (ROOT / f"{alias.name}.py").exists() else ""), node in top
+                    yield (
+                        (target[1] if len(target) > 1 else alias.name if (ROOT / f"{alias.name}.py").exists() else ""),
+                        node in top,
+                    )
 
 
 def test_imports_run_one_way():
@@ -103,7 +108,11 @@ def test_every_public_function_says_what_it_gives():
     missing = []
     for path in ROOT.rglob("*.py"):
         for node in ast.parse(path.read_text()).body:
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_") and not ast.get_docstring(node):
+            if (
+                isinstance(node, (ast.FunctionDef, ast.ClassDef))
+                and not node.name.startswith("_")
+                and not ast.get_docstring(node)
+            ):
                 missing.append(f"{path.relative_to(ROOT)}:{node.name}")
     assert not missing
 

@@ -3,14 +3,14 @@
 import copy
 import functools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import compiled
-from .autograd import Apart, Factored, Merged, MixedDelta
+from .autograd import Apart, Factored, Merged, MixedDelta, UnitSpec
 from .bank import Member
 from .core import Shape, choose_plan
 from .errors import StateError
@@ -40,7 +40,6 @@ class Site:
         self.m, self.n = shape(module)
         self.hooked: Callable | None = module.__dict__.get("forward")
         self.called = False
-        self.sharers = 1
         self.number = compiled.register(self)
 
     def __setstate__(self, state: dict) -> None:
@@ -66,7 +65,7 @@ class Site:
         own_bias = member.biases.get(self.layer)
         if not units:
             return base(x) + _bias_change(module, own_bias, x)
-        vectors = member.tensors(units)
+        vectors = member.tensors(units) if not _is_replica(module) else _replica_vectors(module, member, units, x.device)
         device = x.device.type
         autocast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
         dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
@@ -90,7 +89,7 @@ class Site:
             W is not None,
             training,
             x.requires_grad,
-            self.runtime.sharers(x, self),
+            member.layout.sharers[self.layer],
         )
         if plan.startswith("merged") and not exact:
             plan = "apart-weights" if plan.endswith("weights") else "apart-tokens"
@@ -113,7 +112,7 @@ class Site:
         return out.reshape(*x.shape[:-1], self.m)
 
     def _mixed(self, module: nn.Module, base: Callable[[Tensor], Tensor], x: Tensor, selection: Selection) -> Tensor:
-        if getattr(module, "_is_replica", False):
+        if _is_replica(module):
             raise StateError("vera.rows() doesn't work inside nn.DataParallel: use DistributedDataParallel (torchrun).")
         rows = self.check_rows(x, selection)
         h = base(x)
@@ -165,6 +164,17 @@ class Site:
         if grad:
             return out + y if bucket.everyone else out.index_add(0, bucket.positions, y)
         return out.add_(y) if bucket.everyone else out.index_add_(0, bucket.positions, y)
+
+
+def _is_replica(module: nn.Module) -> bool:
+    return module.__dict__.get("_is_replica", False)  # set by nn.DataParallel
+
+
+def _replica_vectors(module: nn.Module, member: Member, units: Sequence[UnitSpec], device: torch.device) -> list[Tensor]:
+    """d and b of each unit on a replica's device; trained ones are the replica's own, whose gradients DataParallel adds up."""
+    if not member.trainable:
+        return [t.to(device) for t in member.tensors(units)]
+    return [getattr(module, name) for u in units for name in member.owners[u.unit][1:]]
 
 
 def _bias_change(module: nn.Module, bias: Tensor | None, like: Tensor) -> Tensor:
@@ -251,7 +261,6 @@ class HeadLayer:
 
     _vera_head: "HeadSite"
 
-    @torch.compiler.disable
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self._vera_head.forward(self, super().forward, args, kwargs)  # type: ignore[misc, arg-type]
 
@@ -315,6 +324,8 @@ class HeadSite:
 def adapt_head(name: str, module: nn.Module, runtime: Runtime) -> HeadSite:
     """Makes a module one that can have a copy for each adapter, in place."""
     if not isinstance(module, HeadLayer):
+        if not hasattr(HeadSite.forward, "_torchdynamo_disable"):  # not at import: it loads all of torch's compiler
+            HeadSite.forward = torch.compiler.disable(HeadSite.forward)  # type: ignore[method-assign]
         module.__class__ = adapted_class(type(module), HeadLayer)
         module.__dict__["_vera_head"] = HeadSite(name, runtime)
     return module.__dict__["_vera_head"]
