@@ -97,7 +97,7 @@ def _(folder):
 
 
 @case(
-    "adapter for other weights (another revision, the -Instruct twin)",
+    "adapter for other weights (another revision, a twin)",
     veralib.AdapterMismatch,
     "other weights",
     "allow_other_base",
