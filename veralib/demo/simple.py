@@ -39,7 +39,7 @@ def embeddings(data: Data) -> dict[str, Any]:
         mean = (model(**batch).last_hidden_state * mask).sum(1) / mask.sum(1)
         return torch.nn.functional.normalize(mean)
 
-    found = {}
+    found: dict[str, Any] = {}
     for split in SPLITS:
         texts = [s.text for s in data.split(split)]
         found[split] = torch.cat([embed(texts[i : i + 32]) for i in range(0, len(texts), 32)]).numpy()
