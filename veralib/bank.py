@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .autograd import UnitSpec
 from .basis import Basis
 from .config import VeraConfig
+from .fused import sharers
 
 CHUNK_BYTES = 16 * 2**20  # a chunk holds at least 8 adapters, and at most what fits in this
 
@@ -31,6 +32,11 @@ class Layout:
         for unit in self.units:
             out[unit.layer] = (*out.get(unit.layer, ()), unit)
         return out
+
+    @cached_property
+    def sharers(self) -> dict[str, int]:
+        """layer -> how many adapted layers read the x that it reads."""
+        return sharers(self.by_layer)
 
     @cached_property
     def offsets(self) -> dict[str, tuple[int, int, int]]:

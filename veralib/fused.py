@@ -5,7 +5,7 @@ copied from the split in transformers' modeling file and held to it by tests/tes
 (gate, up; input, gate for ModernBERT's MLP) whatever the model calls them.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -47,6 +47,28 @@ def parts_of(model: nn.Module, name: str) -> Parts:
 def part_rows(rows: Rows) -> int:
     """How many rows a part has."""
     return rows.numel() if isinstance(rows, Tensor) else rows.stop - rows.start
+
+
+# Linears of one parent that read the same x, by the last component of their names.
+_READ_ONE_X = (
+    ("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("query_proj", "key_proj", "value_proj"), ("q", "k", "v"),
+    ("q_lin", "k_lin", "v_lin"), ("wq", "wk", "wv"), ("to_q", "to_k", "to_v"), ("q_a_proj", "kv_a_proj_with_mqa"),
+    ("gate_proj", "up_proj"), ("gate", "up"), ("w1", "w3"), ("wi_0", "wi_1"),
+)  # fmt: skip
+
+
+def sharers(layers: Collection[str]) -> dict[str, int]:
+    """{layer: how many of `layers` read the x that it reads, itself counted}, for the cost model.
+
+    By names, not by what earlier forwards saw: a recomputed layer and a resumed run must take the plan that they took before,
+    or checkpointing fails and bits differ. Unknown names and cross-attention are guessed wrong, which costs speed alone.
+    """
+    out = {}
+    for layer in layers:
+        parent, dot, last = layer.rpartition(".")
+        group = next((names for names in _READ_ONE_X if last in names), (last,))
+        out[layer] = sum(f"{parent}{dot}{name}" in layers for name in group)
+    return out
 
 
 def _configs(config: Any, name: str, n: int) -> list[Any]:

@@ -212,15 +212,6 @@ class Runtime:
             memo[key] = F.linear(flat if rows is None else flat.index_select(0, rows), unit.A(flat))
         return memo[key]
 
-    def sharers(self, x: Tensor, site: Any) -> int:
-        """How many layers read x. The first of them can't know yet: it answers by the last forward."""
-        readers: list = self._memo(x).setdefault("readers", [])
-        if site not in readers:
-            readers.append(site)
-            for other in readers:
-                other.sharers = max(other.sharers, len(readers))
-        return site.sharers
-
     def cast(self, x: Tensor, flat: Tensor, dtype: torch.dtype) -> Tensor:
         """flat in the matmuls' dtype, once for all layers that read the same x."""
         if flat.dtype == dtype:
