@@ -26,6 +26,8 @@ from .errors import AdapterFileError, ConfigError, VeraWarning, unknown_text
 
 FORMAT_VERSION = 1
 FILE_NAME = "adapter_model.safetensors"
+CHECKPOINT_NAME = "model.safetensors"  # the one name that transformers' Trainer resumes from and loads its best model from
+SEVERAL = "vera_checkpoint"  # metadata key of a checkpoint of several adapters, which is no adapter file
 METADATA_KEYS = (
     "format",  # "pt", which other readers of safetensors look for
     "vera_format",  # FORMAT_VERSION
@@ -133,7 +135,11 @@ def read_header(path: str | os.PathLike[str]) -> Header:
 def _open(path: str | os.PathLike[str], with_data: bool) -> Contents:
     file = os.fsdecode(path)
     if os.path.isdir(file):
+        checkpoint = os.path.join(file, CHECKPOINT_NAME)
         file = os.path.join(file, FILE_NAME)
+        if not os.path.exists(file) and os.path.exists(checkpoint):
+            file = checkpoint
+            with_data = with_data and "vera_format" in read(file, False).metadata  # a base model's may have gigabytes
     if not os.path.exists(file):
         raise _missing(Path(file))
     contents = read(file, with_data)
@@ -172,6 +178,11 @@ def _not_ours(contents: Contents) -> str:
         return (
             f"{contents.file} is an adapter of Hugging Face PEFT's VeRA, not veralib's own file. Load its folder with "
             f"vera.load({folder!r}), or convert it: vera convert {folder} DST --to veralib."
+        )
+    if names := contents.metadata.get(SEVERAL):
+        return (
+            f"{contents.file} is a Trainer checkpoint of several adapters ({names}), and a file to load holds one. Attach the "
+            "same adapters, resume from the checkpoint, and vera.save() each."
         )
     return (
         f"{contents.file} is a safetensors file, but no veralib adapter: its metadata has no vera_format. Give a file that "

@@ -17,7 +17,8 @@ from torch.nn.modules.module import _IncompatibleKeys
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._pytree import tree_leaves
 
-from .errors import AdapterMismatch, StateError, VeraWarning
+from . import checkpoint
+from .errors import StateError, VeraWarning
 from .selection import Selection
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
 # lr · scale below which d (0.1 at the start) and b hardly move in a usual run: docs/choosing.md
 SLOW_RATE = 1e-3
-CHECKPOINT = "model.safetensors"  # the one name that transformers' Trainer resumes from and loads its best model from
 
 
 class VeraRoot:
@@ -37,14 +37,12 @@ class VeraRoot:
         return _rebuild, (type(self)._vera_plain_root,), self.__getstate__()  # type: ignore[attr-defined]
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """The base's state, as ever; or an adapter's own tensors, which is what a Trainer checkpoint of this model holds."""
-        vera = self._vera_handle
-        member = next((m for m in [_main_member(vera)] if m is not None), None)
-        names = set() if member is None else {f"{u.unit}.{v}" for u in member.layout.units for v in "db"}
-        if names and names <= set(state_dict):
-            _load_tensors(vera, member, state_dict)
+        """The base's state, as ever; or the adapters' own tensors, which is what a Trainer checkpoint of this model holds."""
+        mine = super().state_dict()  # type: ignore[misc]
+        if state_dict and not mine.keys() & state_dict.keys() and checkpoint.holds_vectors(state_dict):
+            checkpoint.load(self._vera_handle, state_dict)
             return _IncompatibleKeys([], [])
-        own = {k: v for k, v in super().state_dict().items() if _is_own(k) and k not in state_dict}  # type: ignore[misc]
+        own = {k: v for k, v in mine.items() if _is_own(k) and k not in state_dict}
         return super().load_state_dict({**state_dict, **own}, strict=strict, assign=assign)  # type: ignore[misc]
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -64,7 +62,11 @@ class VeraPreTrained(VeraRoot):
         """Unmerged: the trained adapter alone. Merged: the plain model, which transformers loads without veralib."""
         vera = self._vera_handle
         if vera.merged is None:
-            return _save_adapters(vera, Path(save_directory))
+            if kwargs.get("push_to_hub"):
+                raise StateError("save_pretrained(push_to_hub=True) is for merged models: vera.push(repo_id) uploads an adapter.")
+            if args[0] if args else kwargs.get("is_main_process", True):
+                checkpoint.save(vera, Path(save_directory))
+            return None
         state = {k: v for k, v in (state_dict or super().state_dict()).items() if not _is_own(k)}  # type: ignore[misc]
         with _as_plain(self):
             return self.save_pretrained(save_directory, *args, state_dict=state, **kwargs)
@@ -136,6 +138,8 @@ def _before_root(model: Any, args: Any) -> None:
     if vera.merged is not None and model.training and torch.is_grad_enabled() and any(m.trainable for m in vera.members.values()):
         raise StateError(f'adapter "{vera.merged}" is merged, and its vectors get no gradient so: call unmerge() to train.')
     vera.runtime.forget_record()
+    if model.training and torch.is_grad_enabled():
+        checkpoint.keep_float32(vera)
 
 
 def _after_root(model: Any, args: Any, output: Any) -> None:
@@ -179,62 +183,64 @@ def _as_plain(model: Any):
             model.__dict__["_hf_peft_config_loaded"] = flag
 
 
-def _main_member(vera: "Vera") -> Any:
-    """The adapter that a checkpoint is about: the active trainable one, else the only trainable, else the active one."""
-    active = vera.runtime.active.member
-    trainable = [m for m in vera.members.values() if m.trainable]
-    if active is not None and (active.trainable or not trainable):
-        return active
-    return trainable[0] if trainable else next(iter(vera.members.values()), None)
-
-
-def _save_adapters(vera: "Vera", folder: Path) -> None:
-    from .format import save_adapter
-
-    main = _main_member(vera)
-    if main is None:
-        raise StateError("there is no adapter to save: merge one to write the whole model, or detach() to write the plain one.")
-    folder.mkdir(parents=True, exist_ok=True)
-    save_adapter(vera.adapter(main.name), folder / CHECKPOINT)
-    for member in vera.members.values():
-        if member.trainable and member is not main:  # further trained ones, in folders named by their number
-            save_adapter(vera.adapter(member.name), folder / f"vera_{member.number}" / CHECKPOINT)
-
-
-@torch.no_grad()
-def _load_tensors(vera: "Vera", member: Any, tensors: Mapping[str, Tensor]) -> None:
-    for unit in member.layout.units:
-        for vector, letter in zip(member.vectors(unit.unit), "db", strict=True):
-            value = tensors[f"{unit.unit}.{letter}"]
-            if value.shape != vector.shape:
-                raise AdapterMismatch(
-                    f'the checkpoint has {letter} of length {value.numel()} for "{unit.unit}"; adapter "{member.name}" has '
-                    f"{vector.numel()}. Resume with the settings that the checkpoint was made with."
-                )
-            vector.copy_(value)
-    for head in member.heads:
-        module = vera.inside.head(head, member)
-        prefix = f"module.{head}."
-        module.load_state_dict({k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)})
-
-
 class Reference(nn.Module):
-    """The base model inside a model with adapters, without a copy: no parameters of its own, no gradient, no training mode."""
+    """The base model inside a model with adapters, without a copy: no parameters of its own, no gradient, no training mode.
 
-    def __init__(self, vera: "Vera") -> None:
+    Its adapters are off however it is called: TRL and accelerate put a forward of their own on it, and TRL calls its
+    base_model and reads its output layer's weight.
+    """
+
+    def __init__(self, vera: "Vera", inner: nn.Module | None = None) -> None:
         super().__init__()
         self.__dict__["vera"] = vera
+        self.__dict__["inner"] = vera.model if inner is None else inner
         self.config = getattr(vera.model, "config", None)
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self._plainly():
+            return super().__call__(*args, **kwargs)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        vera = self.__dict__["vera"]
-        was_training = vera.model.training
-        vera.model.eval()
+        return self.__dict__["inner"](*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        with self._plainly():
+            return self.__dict__["inner"].generate(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _plainly(self):
+        inner, vera = self.__dict__["inner"], self.__dict__["vera"]
+        training = [m for m in inner.modules() if m.training]
         try:
+            inner.eval()
             with torch.no_grad(), vera.using(None):
-                return vera.model(*args, **kwargs)
+                yield
         finally:
-            vera.model.train(was_training)
+            for module in training:
+                module.training = True
+
+    @property
+    def base_model(self) -> "Reference":
+        """transformers' backbone, without adapters too."""
+        return Reference(self.__dict__["vera"], self.__dict__["inner"].base_model)
+
+    @property
+    def device(self) -> torch.device:
+        return self.__dict__["vera"].inside.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.__dict__["inner"].dtype
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.__dict__["inner"].get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.__dict__["inner"].get_output_embeddings()
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The base's own tensors: TRL names its cache of reference log-probabilities by their hash."""
+        return {k: v for k, v in self.__dict__["inner"].state_dict(*args, **kwargs).items() if not _is_own(k)}
 
 
 _unwatched: "weakref.WeakSet[Any]" = weakref.WeakSet()
