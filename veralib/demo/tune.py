@@ -27,7 +27,7 @@ TARGETS: list[dict[str, Any]] = [{"targets": "all-linear"}]
 
 # Equal steps, a factor of about three, for vectors, LoRA's matrices and all weights, around the rates that each is known to take.
 GRIDS: dict[str, tuple[str, list[float], list[dict[str, Any]]]] = {
-    "head": ("lr_head", [3e-3, 1e-2, 3e-2, 1e-1, 3e-1], [{}]),
+    "head": ("lr_head", [1e-2, 3e-2, 1e-1, 3e-1, 1.0], [{}]),
     "vera": ("lr", [3e-3, 1e-2, 3e-2, 1e-1, 3e-1], TARGETS),
     "lora-r1": ("lr", [1e-4, 3e-4, 1e-3, 3e-3, 1e-2], TARGETS),
     "lora-r8": ("lr", [1e-4, 3e-4, 1e-3, 3e-3, 1e-2], TARGETS),
