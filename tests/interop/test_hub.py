@@ -13,6 +13,8 @@ from veralib.errors import AdapterFileError, ConfigError, MissingPackage
 from veralib.interop import hub
 from veralib.interop.peft import read_peft, write_peft
 
+pytestmark = pytest.mark.filterwarnings("ignore:adapter .* doesn't say which model")
+
 
 @pytest.fixture
 def fake_hub(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import pickle
+import warnings
 
 import peft
 import pytest
@@ -14,7 +15,8 @@ from veralib.errors import AdapterFileError, AdapterMismatch, ConfigError, State
 from veralib.interop.parse import adapter_from_peft, require_shapes, with_shapes
 from veralib.interop.peft import config_from_peft, from_peft, read_peft, write_peft
 
-pytestmark = pytest.mark.filterwarnings("ignore:Specified to not:UserWarning", "ignore:Unable to fetch:UserWarning")
+# PEFT's about save_projection; ours where a PEFT folder of a nameless model says nothing of its base.
+pytestmark = pytest.mark.filterwarnings("ignore:Specified to not:UserWarning", "ignore:adapter .* doesn't say which model")
 
 
 def ours(base, adapter) -> torch.Tensor:
@@ -319,7 +321,7 @@ def test_failed_write_leaves_the_old_folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", [n for n, v in VARIANTS.items() if not v.saving and "bias" not in n])
-def test_from_peft_keeps_the_logits(name, recwarn):
+def test_from_peft_keeps_the_logits(name):
     variant = VARIANTS[name]
     model = trained(peft.get_peft_model(variant.base(), peft.VeraConfig(r=6, **variant.config)))
     expected = logits(model)
@@ -362,6 +364,17 @@ def test_from_peft_with_trained_biases_warns_that_the_base_s_are_gone():
     assert distance(logits(vera.model), expected) < TOLERANCE
     assert len(vera.adapter().biases) == 2
     assert distance(ours(biased_llama(), vera.adapter()), expected) < TOLERANCE
+
+
+def test_from_peft_knows_the_base_by_its_weights():
+    """Unlike a folder, so nothing is left to warn of, and the adapter isn't loaded into another base later."""
+    model = trained(peft.get_peft_model(tiny_llama(), peft.VeraConfig(r=4, target_modules=["q_proj"])))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", VeraWarning)
+        adapter = from_peft(model).adapter()
+    assert len(adapter.base.hashes) == 2
+    with pytest.raises(AdapterMismatch, match="other weights"):
+        attach(tiny_llama(seed=1)).load(adapter)
 
 
 def test_from_peft_with_adapters_switched_off_stays_on_the_base():

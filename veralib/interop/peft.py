@@ -6,6 +6,7 @@ folders doesn't need it installed.
 """
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -178,11 +179,22 @@ def _live_adapter(peft_model: Any, name: str) -> Adapter:
     tensors = get_peft_model_state_dict(peft_model, adapter_name=name, save_embedding_layers=False)
     tensors |= {f"vera_{x}": getattr(peft_model.base_model, f"vera_{x}")[name] for x in "AB"}
     adapter = adapter_from_peft(fields, tensors, where)
-    shapes = {}
-    for key, module in peft_model.named_modules():
-        if hasattr(module, "vera_lambda_d") and name in module.vera_lambda_d:
-            shapes[plain_key(key)] = (module.out_features, module.in_features)
-    return with_shapes(adapter, shapes)
+    bases = {
+        plain_key(key): module.get_base_layer()
+        for key, module in peft_model.named_modules()
+        if hasattr(module, "vera_lambda_d") and name in module.vera_lambda_d
+    }
+    adapter = with_shapes(adapter, {layer: linears.shape(module) for layer, module in bases.items()})
+    config = getattr(peft_model.get_base_model(), "config", None)
+    # Unlike a folder, a live model tells all there is to know of the base.
+    base = replace(
+        adapter.base,
+        id=str(getattr(config, "_name_or_path", "") or ""),
+        revision=str(getattr(config, "_commit_hash", "") or ""),
+        hashes={layer: h for layer, module in bases.items() if (h := linears.weight_hash(module))},
+        quantised=next((q for module in bases.values() if (q := linears.quantisation(module))), ""),
+    )
+    return replace(adapter, base=base)
 
 
 def _default_targets(model_type: str) -> tuple[str, ...] | None:
