@@ -51,13 +51,24 @@ def check(inside: "Residence", adapter: Adapter, name: str, allow_other_base: bo
                 VeraWarning,
             )
         return
-    # Quantised on either side: the bits can't be compared, so the model's id and the kind of quantisation must do.
-    if allow_other_base or not adapter.base.id:
+    # No two hashes to compare, so the model's id and the kind of quantisation must do.
+    if allow_other_base:
+        return
+    if adapter.base.hashes or adapter.base.quantised:
+        why = "quantised or offloaded weights can't be compared"
+    else:
+        why = "its file (PEFT's, say) has no hashes of weights to compare"
+    if not adapter.base.id:
+        warnings.warn(
+            f"adapter \"{name}\" doesn't say which model it was trained on, and {why}: only the layers' names and shapes are "
+            "known to fit.",
+            VeraWarning,
+        )
         return
     if not same_id:
         raise AdapterMismatch(
-            f'adapter "{name}" was trained on "{adapter.base.id}", and this base model calls itself "{model_id or "(nothing)"}". '
-            "Quantised weights can't be compared, so a quantised base is checked by its id and its quantisation. "
+            f'adapter "{name}" was trained on "{adapter.base.id}", and this base model calls itself "{model_id or "(nothing)"}"; '
+            f"{why}, so the base is checked by its id and its quantisation. "
             f"{_trained_on(adapter)} Or pass allow_other_base=True to load it all the same."
         )
     now = quantisation_of(modules.values())
@@ -65,6 +76,13 @@ def check(inside: "Residence", adapter: Adapter, name: str, allow_other_base: bo
         warnings.warn(
             f'adapter "{name}" was trained on a base quantised as {adapter.base.quantised or "nothing"}, and this one is '
             f"{now or 'not quantised'}: expect small differences. Weights were not compared, only the model's id.",
+            VeraWarning,
+        )
+    revision = str(getattr(config, "_commit_hash", "") or "")
+    if revision and adapter.base.revision and revision != adapter.base.revision:
+        warnings.warn(
+            f'adapter "{name}" was trained on revision {adapter.base.revision} of "{adapter.base.id}", and this is {revision}: '
+            f"weights may differ, and {why}.",
             VeraWarning,
         )
 

@@ -21,16 +21,23 @@ if TYPE_CHECKING:
 
 Keep = Literal["cpu", "device", "disk", None]
 LOW_SHARE = 0.9
+LARGE_ERROR = 0.5
 
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What a merge did. surviving: the share of ΔW that the weights' precision kept, ⟨W' − W0, ΔW⟩ / ⟨ΔW, ΔW⟩, 1.0 at best."""
+    """What a merge did to weights that aren't exact.
+
+    surviving: the share of ΔW that their precision kept, ⟨W' − W0, ΔW⟩ / ⟨ΔW, ΔW⟩, 1 at best. error: what rounding left away
+    or added, ‖W' − W0 − ΔW‖ / ‖ΔW‖, 0 at best; in 4 bits ΔW may survive on average under noise as large as itself.
+    """
 
     name: str
     layers: int
     surviving: float
+    error: float
     by_layer: Mapping[str, float] = field(repr=False)
+    """surviving, of each layer"""
 
     @property
     def worst(self) -> tuple[str, float]:
@@ -59,8 +66,7 @@ def merge(vera: "Vera", member: Member, keep: Keep) -> MergeReport:
     names = list(dict.fromkeys([*member.layout.by_layer, *member.biases]))
     vera.inside.hashes_of(vera.inside.sites)  # of the base weights: load() compares with these while merged
     kept = Kept(keep, {}, {}, {})
-    inner = torch.zeros((), dtype=torch.float64)
-    norm = torch.zeros((), dtype=torch.float64)
+    inner, norm, rest = (torch.zeros((), dtype=torch.float64) for _ in range(3))
     shares = {}
     try:
         for name in names:
@@ -70,8 +76,8 @@ def merge(vera: "Vera", member: Member, keep: Keep) -> MergeReport:
                 bias = module.bias
                 kept.biases[name] = bias.detach().clone() if isinstance(bias, Tensor) else None
             if name in member.layout.by_layer:
-                along, size = _write_delta(module, member, name)
-                inner, norm = inner + along, norm + size
+                along, size, off = _write_delta(module, member, name)
+                inner, norm, rest = inner + along, norm + size, rest + off
                 shares[name] = float(along / size) if size > 0 else 1.0
             if name in member.biases:
                 _set_bias(module, member.biases[name])
@@ -88,12 +94,13 @@ def merge(vera: "Vera", member: Member, keep: Keep) -> MergeReport:
         kept.weights, kept.biases, kept.heads = {}, {}, {}
     vera.kept = kept
     vera.runtime.merged = member.name
-    report = MergeReport(member.name, len(shares), float(inner / norm) if norm > 0 else 1.0, shares)
-    if report.surviving < LOW_SHARE:
+    surviving, error = (float(inner / norm), float((rest / norm).sqrt())) if norm > 0 else (1.0, 0.0)
+    report = MergeReport(member.name, len(shares), surviving, error, shares)
+    if surviving < LOW_SHARE or error > LARGE_ERROR:
         layer, share = report.worst
         warnings.warn(
-            f'merging "{member.name}" kept {100 * report.surviving:.0f} % of ΔW: the weights are '
-            f"{_precision(vera.inside.sites[layer])}, and smaller ones are rounded away (least in {layer}: {100 * share:.0f} %). "
+            f'merging "{member.name}" kept {100 * surviving:.0f} % of ΔW, under rounding errors of {100 * error:.0f} % of its '
+            f"size: the weights are {_precision(vera.inside.sites[layer])} (least is left in {layer}: {100 * share:.0f} %). "
             "The unmerged adapter is exact; or load the base in float32 to merge.",
             VeraWarning,
         )
@@ -128,8 +135,8 @@ def switch(vera: "Vera", member: Member) -> MergeReport:
     return merge(vera, member, keep)
 
 
-def _write_delta(module: nn.Module, member: Member, name: str) -> tuple[Tensor, Tensor]:
-    """W0 + ΔW, written; returns ⟨W' − W0, ΔW⟩ and ⟨ΔW, ΔW⟩ in float64."""
+def _write_delta(module: nn.Module, member: Member, name: str) -> tuple[Tensor, Tensor, Tensor]:
+    """W0 + ΔW, written; returns ⟨W' − W0, ΔW⟩, ⟨ΔW, ΔW⟩ and ‖W' − W0 − ΔW‖² in float64."""
     old = read_weight(module)
     exact = torch.promote_types(old.dtype, torch.float32)
     before = old.to(exact, copy=True)
@@ -146,7 +153,8 @@ def _write_delta(module: nn.Module, member: Member, name: str) -> tuple[Tensor, 
     write_weight(module, before + delta)
     change = read_weight(module).to(exact) - before
     # In float32 each is a sum of mn products: float64 would take twice the memory of the weight.
-    return (change * delta).sum(dtype=torch.float64).cpu(), (delta * delta).sum(dtype=torch.float64).cpu()
+    along, size = (change * delta).sum(dtype=torch.float64), (delta * delta).sum(dtype=torch.float64)
+    return along.cpu(), size.cpu(), change.sub_(delta).square_().sum(dtype=torch.float64).cpu()
 
 
 def _set_bias(module: nn.Module, bias: Tensor) -> None:
