@@ -74,13 +74,16 @@ def plans(results: common.Results, device: torch.device, dtype: torch.dtype) -> 
 
 @torch.no_grad()
 def mixed(results: common.Results, options: common.Options) -> bool:
-    """rows() with repeated, missing and many adapters against one at a time; LoRA's three ways against each other."""
-    clock = options.clock
+    """rows() with repeated and missing adapters that lie in several chunks of the bank, against one at a time; and LoRA's
+    three ways against each other."""
+    from veralib import bank
+
+    clock, bank.CHUNK_BYTES = options.clock, 1  # 8 adapters a chunk, as models of real size have
     size = dataclasses.replace(common.TINY, hidden=256, mlp=688)
     good = True
     for dtype in (torch.float32, torch.bfloat16):
         model = common.build(size, clock.device, dtype).eval()
-        vera = fill(model, 48, 20)  # more than a chunk of the bank
+        vera = fill(model, 48, 20)
         x = torch.randn(7, 3, size.hidden).to(clock.device, dtype)
         step = lambda x, model=model: model(inputs_embeds=x, use_cache=False).last_hidden_state  # noqa: E731
         names = ["3", None, "19", "3", "0", None, "11"]
