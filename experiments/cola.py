@@ -22,7 +22,7 @@ RESULTS = Path(__file__).parents[1] / "results" / "cola"
 SEEDS = (0, 1, 2)
 # Name -> settings, and the rate that is swept with its values: steps of about three around what each method is known to take.
 GRID: dict[str, tuple[dict[str, Any], str, tuple[float, ...]]] = {
-    "head only": ({"method": "head"}, "lr_head", (1e-3, 3e-3, 1e-2)),
+    "head only": ({"method": "head"}, "lr_head", (3e-2, 1e-1, 3e-1)),
     "LoRA r=1": ({"method": "lora", "rank": 1}, "lr", (5e-4, 1.5e-3, 5e-3)),
     "LoRA r=8": ({"method": "lora", "rank": 8}, "lr", (5e-4, 1.5e-3, 5e-3)),
     "VeRA r=256": ({"method": "vera", "rank": 256}, "lr", (1e-2, 3e-2, 1e-1)),
@@ -32,7 +32,7 @@ COMMON: dict[str, Any] = {
     "text": "sentence",
     "validation": "0.1",
     "test": "dev",
-    "lr_head": 3e-3,
+    "lr_head": 1e-2,
     "batch_size": 32,
     "max_length": 64,
     "group_by_length": True,
