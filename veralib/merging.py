@@ -99,8 +99,9 @@ def merge(vera: "Vera", member: Member, keep: Keep) -> MergeReport:
     if surviving < LOW_SHARE or error > LARGE_ERROR:
         layer, share = report.worst
         warnings.warn(
-            f'merging "{member.name}" kept {100 * surviving:.0f} % of ΔW, under rounding errors of {100 * error:.0f} % of its '
-            f"size: the weights are {_precision(vera.inside.sites[layer])} (least is left in {layer}: {100 * share:.0f} %). "
+            f'merging "{member.name}" kept {100 * surviving:.0f} % of ΔW, the rest is rounded away; rounding errors are '
+            f"{100 * error:.0f} % of its size: the weights are {_precision(vera.inside.sites[layer])} (least is left in {layer}: "
+            f"{100 * share:.0f} %). "
             "The unmerged adapter is exact; or load the base in float32 to merge.",
             VeraWarning,
         )
