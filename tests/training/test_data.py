@@ -38,8 +38,8 @@ def test_a_byte_order_mark_is_no_part_of_the_first_name(tmp_path):
 
 
 def test_a_line_separator_of_unicode_ends_no_line(tmp_path):
-    file = write(tmp_path / "a.tsv", "text\tlabel\none\u2028two\x85three\t1\n")
-    assert read_rows(file) == [{"text": "one\u2028two\x85three", "label": "1"}]
+    file = write(tmp_path / "a.tsv", "text\tlabel\none\u2028two\x85three\rfour\t1\r\n")
+    assert read_rows(file) == [{"text": "one\u2028two\x85three\rfour", "label": "1"}]
 
 
 def test_columns_name_a_file_without_header(tmp_path):

@@ -142,9 +142,9 @@ def test_the_best_weights_and_patience_survive_an_interruption(settings, tmp_pat
     assert (result.steps, result.metrics) == (expected.steps, expected.metrics)
 
 
-@pytest.mark.parametrize("best", [False, True])
-def test_a_run_killed_between_training_and_result_only_writes_it(settings, tmp_path, monkeypatch, best):
-    fields = {"best": best, "evaluate_every": 2, "save_every": 2}
+@pytest.mark.parametrize("more", [{}, {"best": True}, {"patience": 1, "epochs": 20, "method": "full", "lr": 3e-2}])
+def test_a_run_killed_between_training_and_result_only_writes_it(settings, tmp_path, monkeypatch, more):
+    fields = {"evaluate_every": 2, "save_every": 2, **more}
     settings, whole = settings.replace(**fields), settings.replace(**fields, output=tmp_path / "whole")
     expected = train(whole)
 
