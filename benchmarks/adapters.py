@@ -96,13 +96,17 @@ def _veralib(row: Row, shape_name: str, folder: Path) -> dict[str, Any]:
         vectors = {unit: (torch.rand_like(d), torch.rand_like(b)) for unit, (d, b) in adapter.vectors.items()}
         veralib.save_adapter(replace(adapter, vectors=vectors), path)
 
-    first = []
-    for path in paths[:7]:
+    first, second = [], []
+    for k in range(0, 12, 2):
         vera = veralib.attach(model)
-        first.append(_ms(vera.load, path, "first"))
+        first.append(_ms(vera.load, paths[k % row.count], "first"))
+        second.append(_ms(vera.load, paths[(k + 1) % row.count], "second"))
         vera.detach()
     vera = veralib.attach(model)
-    facts = _load_and_switch(row.count, lambda k: vera.load(paths[k], name=str(k)), lambda k: vera.use(str(k)), first[1:])
+    facts = _load_and_switch(
+        range(row.count), lambda k: vera.load(paths[k], name=str(k)), lambda k: vera.use(str(k))
+    )  # fmt: skip
+    facts |= {"load_first_ms": measure.spread(first[1:]), "load_second_ms": measure.spread(second[1:])}
     return facts | {
         "count": row.count,
         "basis_generation_ms": measure.spread(generation),
@@ -134,34 +138,35 @@ def _peft(row: Row, shape_name: str, folder: Path) -> dict[str, Any]:
     # A and B are shared by all adapters, so they aren't what one more should cost.
     own = sum(t.nbytes for name, t in tensors.items() if not name.endswith(("vera_A", "vera_B")))
 
-    first = []
-    for path in folders[:7]:
-        plain = base_model(shape)
-        first.append(_ms(peft.PeftModel.from_pretrained, plain, str(path)))
+    first, second = [], []
+    for k in range(0, 12, 2):
+        plain, one, two = base_model(shape), str(folders[k % row.count]), str(folders[(k + 1) % row.count])
+        start = measure.clock()
+        model = peft.PeftModel.from_pretrained(plain, one)
+        first.append(1e3 * (measure.clock() - start))
+        second.append(_ms(model.load_adapter, two, "second"))
     model = peft.PeftModel.from_pretrained(base, str(folders[0]), adapter_name="0")
+    # PEFT makes a model of base and adapter at once, so memory is counted from the second adapter on.
     facts = _load_and_switch(
-        row.count, lambda k: model.load_adapter(str(folders[k]), str(k)) if k else None,
-        lambda k: model.set_adapter(str(k)), first[1:],
+        range(1, row.count), lambda k: model.load_adapter(str(folders[k]), str(k)), lambda k: model.set_adapter(str(k))
     )  # fmt: skip
+    facts |= {"load_first_ms": measure.spread(first[1:]), "load_second_ms": measure.spread(second[1:])}
     return facts | {"count": row.count, "adapter_bytes": own, "file_bytes": file.stat().st_size}
 
 
-def _load_and_switch(count: int, load: Callable[[int], Any], use: Callable[[int], Any], first: list[float]) -> dict[str, Any]:
-    tail = max(2, min(20, count // 5))
-    load(0)
-    load(1)
+def _load_and_switch(numbers: range, load: Callable[[int], Any], use: Callable[[int], Any]) -> dict[str, Any]:
+    """Loads each number's adapter, switches between them; what the last loads and all the memory came to."""
+    tail = max(2, min(20, len(numbers) // 5))
     tensors, resident = _tensor_bytes(), _resident_bytes()
-    loads = [_ms(load, k) for k in range(2, count)]
-    further = count - 2
+    loads = [_ms(load, k) for k in numbers]
     tensors, resident = _tensor_bytes() - tensors, _resident_bytes() - resident
-    order = [random.Random(SEED).randrange(count) for _ in range(300)]
+    chooser = random.Random(SEED)
     return {
-        "load_first_ms": measure.spread(first),
         "load_last_ms": measure.spread(loads[-tail:]),
         "loads_in_last": tail,
-        "switch_ms": measure.spread([_ms(use, k) for k in order]),
-        "tensor_bytes_per_adapter": tensors / further,
-        "resident_bytes_per_adapter": resident / further,
+        "switch_ms": measure.spread([_ms(use, chooser.choice(numbers)) for _ in range(300)]),
+        "tensor_bytes_per_adapter": tensors / len(numbers),
+        "resident_bytes_per_adapter": resident / len(numbers),
     }
 
 

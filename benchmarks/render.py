@@ -134,7 +134,7 @@ def _step_table(result: Result) -> str:
 
 def _adapter_table(result: Result) -> str:
     goals = result["goals"]
-    head = ["many adapters in one model", "load the 1st, ms", "load the last, ms", "switch, ms"]
+    head = ["many adapters in one model", "load the 1st, ms", "the 2nd", "the last", "switch, ms"]
     head += ["memory a further adapter / its tensors", "resident memory / its tensors", "tensors, KB", "file, KB"]
     lines = [_row(head), "|" + "---|" * len(head)]
     for name, facts in result["contestants"].items():
@@ -144,6 +144,7 @@ def _adapter_table(result: Result) -> str:
                 [
                     _contestant(name),
                     f"{facts['load_first_ms']['median']:.2f}",
+                    f"{facts['load_second_ms']['median']:.2f}",
                     f"{facts['load_last_ms']['median']:.2f} (the {facts['count']:,}th)",
                     f"{facts['switch_ms']['median']:.4f}",
                     f"{facts['tensor_bytes_per_adapter'] / size:.2f}",
@@ -154,7 +155,7 @@ def _adapter_table(result: Result) -> str:
             )
         )
     goal = f"≤ {goals['load_ms']}"
-    lines.append(_row(["goal for veralib", goal, goal, f"≤ {goals['switch_ms']}", f"≤ {goals['memory']}", "", "", ""]))
+    lines.append(_row(["goal for veralib", goal, goal, goal, f"≤ {goals['switch_ms']}", f"≤ {goals['memory']}", "", "", ""]))
     return "\n".join(lines)
 
 
