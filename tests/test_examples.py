@@ -164,3 +164,17 @@ def test_dpo_with_precomputed_reference_takes_the_bases_log_probabilities(langua
     batch = next(iter(trainer.get_train_dataloader()))
     chosen, rejected = trainer.compute_ref_log_probs(plain, batch)
     assert torch.allclose(batch["ref_chosen_logps"], chosen) and torch.allclose(batch["ref_rejected_logps"], rejected)
+
+
+@pytest.mark.parametrize(
+    "config", [dict(targets=["q_proj", "lm_head"]), dict(targets=["q_proj"], train_modules=["lm_head"])], ids=str
+)
+def test_an_output_layer_whose_weight_trl_reads_is_warned_about(language_model, config):
+    from trl.trainer.utils import add_fused_lm_head
+
+    tiny, _, _ = language_model
+    model, ids = tiny.causal().train(), torch.full((1, 4), 5)
+    attach(model, VeraConfig(rank=8, **config))
+    add_fused_lm_head(model)
+    with pytest.warns(VeraWarning, match="do nothing: lm_head"):
+        model(input_ids=ids, labels=ids, fused_lm_head=True)

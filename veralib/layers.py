@@ -280,6 +280,7 @@ class HeadSite:
     def __init__(self, name: str, runtime: Runtime) -> None:
         self.name = name
         self.runtime = runtime
+        self.called = False
         self.resident: dict[int, nn.Module] = {}
 
     def copy_of(self, module: nn.Module, member: Member | None) -> nn.Module | None:
@@ -289,6 +290,7 @@ class HeadSite:
         return module._modules.get(f"vera_{member.number}") or self.resident.get(member.number)
 
     def forward(self, module: nn.Module, base: Callable, args: tuple, kwargs: dict) -> Any:
+        self.called = True
         selection = self.runtime.current()
         if selection.kind == "base":
             return base(*args, **kwargs)

@@ -111,15 +111,17 @@ class Residence:
         return module._vera_head.copy_of(module, member)  # type: ignore[union-attr, operator]
 
     def warn_uncalled(self, selection: Selection) -> None:
-        """After the first forward with adapters: names adapted layers that it never called, whose vectors can't train."""
+        """After the first forward with adapters: names what it never called, which can't train."""
         if self._checked_calls or not selection.distinct:
             return
         self._checked_calls = True
         silent = [n for m in selection.distinct for n in m.layout.by_layer if not self.sites[n]._vera.called]  # type: ignore[union-attr]
+        silent += [n for m in selection.distinct for n in m.heads if not self.heads[n]._vera_head.called]  # type: ignore[union-attr]
         if silent:
             warnings.warn(
-                f"{len(silent)} adapted layers were not called in the first forward, so their adapters do nothing: "
-                f"{', '.join(silent[:3])}{' …' if len(silent) > 3 else ''}. Their parent may read the weight directly.",
+                f"{len(silent)} adapted layers or fully trained modules were not called in the first forward, so they do "
+                f"nothing: {', '.join(silent[:3])}{' …' if len(silent) > 3 else ''}. Their parent, or a trainer (TRL's read lm_head's "
+                "weight), may use the weight directly.",
                 VeraWarning,
             )
 
