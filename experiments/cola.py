@@ -1,6 +1,6 @@
 """CoLA with MiniLM-L6: head only, LoRA r=1 and r=8, VeRA; three learning rates and three seeds each, the same epochs for all.
 
-    VERALIB_DATA=… python -m experiments.cola [--jobs 4] [--model FOLDER] [--epochs 6] [--render]
+    VERALIB_DATA=… python -m experiments.cola [--jobs 4] [--model FOLDER] [--epochs 3] [--render]
 
 Of GLUE's original files a tenth of the training rows (drawn by seed 0) is held out; the learning rate with the best mean Matthews
 correlation there is chosen, and the official development set, which no choice has seen, is scored once. A run is one file in
@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
     home = os.environ.get("VERALIB_DATA", "")
     parser.add_argument("--data", default=os.path.join(home, "glue", "CoLA"), help="folder with CoLA's train.tsv and dev.tsv")
     parser.add_argument("--model", default=os.path.join(home, "minilm_l6_fp16"), help="folder of the base model")
-    parser.add_argument("--epochs", type=float, default=6)
+    parser.add_argument("--epochs", type=float, default=3)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; the processor's cores are shared among them")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
@@ -68,7 +68,8 @@ def main(arguments: list[str] | None = None) -> None:
 def run_grid(model: Path, data: Path, epochs: float, jobs: int, results: Path, seeds: Any = SEEDS) -> None:
     """Every run of the grid that has no result file yet, `jobs` at a time."""
     results.mkdir(parents=True, exist_ok=True)
-    cells = [(name, rate, value, seed) for name, (_, rate, values) in GRID.items() for value in values for seed in seeds]
+    # Seed by seed, so that an unfinished grid has every method and rate.
+    cells = [(name, rate, value, seed) for seed in seeds for name, (_, rate, values) in GRID.items() for value in values]
     missing = [cell for cell in cells if not file_of(results, *cell).exists()]
     print(f"{len(missing)} of {len(cells)} runs to do", flush=True)
     # Spawned, not forked: CUDA can't live on in a forked process.
