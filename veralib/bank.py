@@ -98,20 +98,37 @@ class Bank:
             self.device = device
             self.chunks = [c.to(device) for c in self.chunks]
 
-    def gather(self, slots: Tensor, start: int, end: int) -> Tensor:
-        """Columns [start, end) of the given slots' rows, (len(slots), end - start). slots: int64 on the bank's device."""
-        if len(self.chunks) == 1:
-            return self.chunks[0][:, start:end].index_select(0, slots)
-        out = torch.empty(len(slots), end - start, device=self.device)
-        chunk_of, row_of = slots // self.chunk_rows, slots % self.chunk_rows
-        for k in torch.unique(chunk_of).tolist():
-            here = (chunk_of == k).nonzero().squeeze(1)
-            out[here] = self.chunks[k][:, start:end].index_select(0, row_of[here])
+    def find(self, slots: Sequence[int]) -> "Found":
+        """Where these slots' rows lie, for gather: worked out on the host, once for a selection."""
+        chunks: dict[int, tuple[list[int], list[int]]] = {}
+        for place, slot in enumerate(slots):
+            places, rows = chunks.setdefault(slot // self.chunk_rows, ([], []))
+            places.append(place)
+            rows.append(slot % self.chunk_rows)
+        on = lambda numbers: torch.tensor(numbers, device=self.device)  # noqa: E731
+        return Found(len(slots), tuple((k, on(places), on(rows)) for k, (places, rows) in chunks.items()))
+
+    def gather(self, found: "Found", start: int, end: int) -> Tensor:
+        """Columns [start, end) of the rows that find() found, (how many, end - start). Never waits for the device."""
+        if len(found.chunks) == 1:
+            k, _, rows = found.chunks[0]
+            return self.chunks[k][:, start:end].index_select(0, rows)
+        out = torch.empty(found.count, end - start, device=self.device)
+        for k, places, rows in found.chunks:
+            out.index_copy_(0, places, self.chunks[k][:, start:end].index_select(0, rows))
         return out
 
     @property
     def bytes(self) -> int:
         return sum(c.numel() * c.element_size() for c in self.chunks)
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """Rows of a bank by chunk: (chunk, the places they take in the answer, their rows in the chunk)."""
+
+    count: int
+    chunks: tuple[tuple[int, Tensor, Tensor], ...]
 
 
 @dataclass(eq=False)

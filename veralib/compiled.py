@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .autograd import _add_product, _factored_backward
+from .autograd import _add_product, _factored_backward, add_delta
 from .errors import StateError
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def adapt_(h: Tensor, x: Tensor, site: int) -> None:
     flat, out = x.reshape(-1, place.n), h.view(-1, place.m)
     for unit in member.layout.by_layer.get(place.layer, ()):  # type: ignore[union-attr]
         d, b = member.vectors(unit.unit)  # type: ignore[union-attr]
-        _add_product(out, unit.rows, F.linear(flat, unit.A(flat)), unit.C(d, b, flat).t())
+        add_delta(out, F.linear(flat, unit.A(flat)), unit, d, b)
 
 
 @adapt_.register_fake

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import compiled
-from .autograd import Apart, Factored, Merged, MixedDelta, UnitSpec
+from .autograd import Apart, Factored, Merged, MixedDelta, UnitSpec, _base, add_delta
 from .bank import Member
 from .core import Shape, choose_plan
 from .errors import StateError
@@ -104,7 +104,12 @@ class Site:
                 us = [nn.functional.linear(dropped, u.A(dropped)) for u in firsts]
             else:
                 us = [self.runtime.rank_space(x, flat, u) for u in firsts]
-            out = Factored.apply(h, None if W is None else flat, W, bias, units, which, *us, *vectors)
+            if training:
+                out = Factored.apply(h, None if W is None else flat, W, bias, units, which, *us, *vectors)
+            else:
+                out = _base(h, flat, W, bias, dtype)
+                for k, unit in enumerate(units):
+                    add_delta(out, us[which[k]], unit, vectors[2 * k], vectors[2 * k + 1])
         elif plan.startswith("merged"):
             out = Merged.apply(flat, W, bias, units, plan == "merged-tokens", *vectors)
         else:
@@ -148,9 +153,17 @@ class Site:
         widest = bucket.widest
         flat = self.runtime.cast(x, x, out.dtype).reshape(out.shape[0], -1, self.n)
         u = self.runtime.rank_space(x, flat, widest, None if bucket.everyone else bucket.positions)
-        d, b = stacked_vectors(bucket)
-        y = MixedDelta.apply(u, d, b, bucket.index, widest.B(u))
         part = widest.rows
+        if not torch.is_grad_enabled():
+            d, b = self.runtime.row_vectors(self.layer, bucket, u.dtype)
+            y = nn.functional.linear(u * d, widest.B(u))
+            if bucket.everyone and not isinstance(part, Tensor) and out.dtype == y.dtype:
+                (out if part is None else out[:, :, part]).addcmul_(y, b)
+                return out
+            y.mul_(b)
+        else:
+            d, b = stacked_vectors(bucket)
+            y = MixedDelta.apply(u, d, b, bucket.index, widest.B(u))
         if isinstance(part, Tensor):  # an interleaved part: spread over all outputs
             y = y.new_zeros(*y.shape[:-1], self.m).index_add(2, part.to(y.device), y)
         elif part is not None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .autograd import UnitSpec
-from .bank import Layout, Member
+from .bank import Found, Layout, Member
 from .core import Plan
 from .errors import StateError
 
@@ -30,7 +30,7 @@ class Group:
     members: tuple[Member, ...]
     positions: Tensor
     index: Tensor
-    slots: Tensor | None  # the members' slots where all are resident in one bank
+    found: Found | None  # where the resident members' rows lie in their bank
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +42,7 @@ class Bucket:
     positions: Tensor
     index: Tensor  # row -> place in the stacked vectors of all groups
     everyone: bool  # positions are 0 … size - 1
+    own: bool  # index is 0 … len(index) - 1: each row its own adapter, nothing to gather
 
     @property
     def widest(self) -> UnitSpec:
@@ -91,13 +92,13 @@ class Selection:
         # Resident members first: their vectors come from the bank in one gather, the trainable ones' are stacked behind.
         distinct = sorted(dict.fromkeys(self.members[i] for i in rows), key=lambda m: m.trainable)  # type: ignore[union-attr]
         place = {member: k for k, member in enumerate(distinct)}
-        slots = [m.slot for m in distinct if m and not m.trainable]
+        resident = [m for m in distinct if m and m.bank is not None]
         return Group(
             layout,
             tuple(m for m in distinct if m),
             torch.tensor(rows, device=self.device),
             torch.tensor([place[self.members[i]] for i in rows], device=self.device),
-            torch.tensor(slots, device=self.device) if slots else None,
+            resident[0].bank.find([m.slot for m in resident]) if resident else None,  # type: ignore[union-attr]
         )
 
     def buckets(self, layer: str) -> tuple[Bucket, ...]:
@@ -122,7 +123,8 @@ class Selection:
             if everyone:
                 order = positions.argsort()
                 positions, index = positions[order], index[order]
-            self._cache[key] = (positions, index, everyone)
+            own = index.tolist() == list(range(len(index)))
+            self._cache[key] = (positions, index, everyone, own)
         return Bucket(tuple(u for u, _ in pairs), groups, *self._cache[key])
 
 
@@ -229,6 +231,27 @@ class Runtime:
             local.x, local.version, local.memo = x, x._version, {}
         return local.memo
 
+    # What the last mixed selection without gradients multiplies by: a decode loop asks for the same hundreds of times.
+
+    def row_vectors(self, layer: str, bucket: Bucket, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """d (R, 1, r) and b (R, 1, m) of each row of a bucket, in dtype. Without gradients only.
+
+        The K adapters' vectors are kept for the selection used last, where all of them are resident and so can't change.
+        """
+        if any(m.trainable for g in bucket.groups for m in g.members):
+            d, b = (v.to(dtype) for v in stacked_vectors(bucket))
+        else:
+            local, selection = self._local, self.current()
+            if getattr(local, "kept_for", None) is not selection:
+                local.kept_for, local.kept = selection, {}
+            key = (layer, bucket.units[0].unit, bucket.units[0].basis, dtype)
+            if key not in local.kept:
+                local.kept[key] = tuple(v.to(dtype) for v in stacked_vectors(bucket))
+            d, b = local.kept[key]
+        if not bucket.own:
+            d, b = d.index_select(0, bucket.index), b.index_select(0, bucket.index)
+        return d[:, None], b[:, None]
+
     def clear_memo(self) -> None:
         self._local.x, self._local.memo = None, {}
 
@@ -238,11 +261,11 @@ def stacked_vectors(bucket: Bucket, dtype: torch.dtype = torch.float32) -> tuple
     r, ds, bs = bucket.widest.r, [], []
     for unit, group in zip(bucket.units, bucket.groups, strict=True):
         parts_d, parts_b = [], []
-        if group.slots is not None:
+        if group.found is not None:
             bank = group.members[0].bank
             start, middle, end = group.layout.offsets[unit.unit]
             assert bank is not None
-            flat = bank.gather(group.slots, start, end)
+            flat = bank.gather(group.found, start, end)
             parts_d.append(flat[:, : middle - start])
             parts_b.append(flat[:, middle - start :])
         trained = [m.vectors(unit.unit) for m in group.members if m.trainable]
