@@ -125,14 +125,18 @@ def test_a_readme_without_marks_is_refused_before_anything_is_written(tmp_path):
 
 
 def test_the_methods_are_the_best_of_their_trials():
-    from veralib.demo.tune import FILE, GRIDS
+    from veralib.demo.tune import EPOCHS, FILE, GRIDS
 
     if not FILE.exists():
         pytest.skip("results/demo/tuning.json is only in a checkout")
     tuning = json.loads(FILE.read_text())
     assert set(tuning["trials"]) == set(GRIDS) == set(methods.METHODS)
-    assert len({len(trials) for trials in tuning["trials"].values()}) == 1, "not the same number of trials for every method"
+    assert {len(rates) * len(variants) for _, rates, variants in GRIDS.values()} == {5}
     for name, trials in tuning["trials"].items():
+        rate, rates, variants = GRIDS[name]
+        tried = [t["settings"] for t in trials]
+        assert all(any(s.get(rate) == r and variant.items() <= s.items() for s in tried) for r in rates for variant in variants)
+        assert any(s["epochs"] == EPOCHS - 1 for s in tried)
         best = max(trials, key=lambda t: (t["accuracy"], -t["loss"]))["settings"]
         used = {k: v for k, v in methods.METHODS[name].settings.items() if k not in ("method", "rank")}
         assert used == best, name

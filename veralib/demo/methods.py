@@ -13,6 +13,7 @@ COMMON: dict[str, Any] = {
     "save_every": "never",
     "plot": False,
 }
+ALL = {"targets": "all-linear"}
 
 
 @dataclass(frozen=True)
@@ -21,14 +22,12 @@ class Method:
 
     title: str
     settings: Mapping[str, Any] = field(default_factory=dict)
-    needs: str = ""
-    """A package that isn't among veralib's own."""
 
 
 METHODS: dict[str, Method] = {
-    "head": Method("head only", {"method": "head", "lr_head": 1e-2, "epochs": 3}),
-    "vera": Method("VeRA r=256", {"method": "vera", "rank": 256, "lr": 3e-2, "lr_head": 1e-2, "epochs": 3}),
-    "lora-r1": Method("LoRA r=1", {"method": "lora", "rank": 1, "lr": 3e-3, "lr_head": 1e-2, "epochs": 3}, "peft"),
-    "lora-r8": Method("LoRA r=8", {"method": "lora", "rank": 8, "lr": 3e-3, "lr_head": 1e-2, "epochs": 3}, "peft"),
-    "full": Method("all weights", {"method": "full", "lr": 1e-4, "lr_head": 1e-2, "epochs": 3}),
+    "head": Method("head only", {"method": "head", "lr_head": 0.3, "epochs": 3}),
+    "lora-r1": Method("LoRA r=1", {"method": "lora", "rank": 1, **ALL, "lr": 3e-3, "lr_head": 1e-2, "epochs": 3}),
+    "lora-r8": Method("LoRA r=8", {"method": "lora", "rank": 8, **ALL, "lr": 3e-3, "lr_head": 1e-2, "epochs": 3}),
+    "vera": Method("VeRA r=256", {"method": "vera", "rank": 256, **ALL, "lr": 3e-2, "lr_head": 1e-2, "epochs": 3}),
+    "full": Method("all weights", {"method": "full", "lr": 3e-4, "lr_head": 1e-2, "epochs": 3}),
 }
