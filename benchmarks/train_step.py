@@ -123,4 +123,5 @@ def _enter(
         "live_bytes_after_forward": live,
         "peak_bytes_of_step": peak,
     }
+    measure.trim()
     return step, facts

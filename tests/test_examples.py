@@ -3,6 +3,7 @@
 import contextlib
 import io
 import math
+import re
 import runpy
 import sys
 import warnings
@@ -108,6 +109,38 @@ def test_four_bit_example(run, tmp_path):
     assert losses(made["trainer"])[-1] < 0.5 < 2 < losses(made["trainer"])[0]
     assert "4-bit base and adapter: quack" in printed and "merged into float32: 100% of ΔW, rounding error 0%" in printed
     assert load_adapter(tmp_path / "adapter").base.quantised == "bnb-nf4"
+
+
+def test_the_blocks_of_the_guide_run_in_order(tmp_path, monkeypatch):
+    from datasets import Dataset
+
+    from tests.test_quantised import skip_without_kernels
+
+    skip_without_kernels()
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.chdir(tmp_path)
+    import tiny
+
+    tokenizer = tiny.tokenizer()
+    for saved in (tiny.causal(), tokenizer):
+        saved.save_pretrained("Qwen3-0.6B")
+    guide = (EXAMPLES.parent / "docs" / "from-transformers.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", guide, flags=re.S)
+    rows = [tokenizer("the duck says quack") for _ in range(16)]
+    names = {
+        "data": [{**row, "labels": row["input_ids"]} for row in rows],
+        "questions": Dataset.from_list(tiny.questions()[:8]),
+        "preferences": Dataset.from_list(tiny.preferences()[:8]),
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", VeraWarning)
+        for block in blocks:
+            exec(block.replace("Qwen/Qwen3-0.6B", "Qwen3-0.6B").replace("rank=256", "rank=8"), names)
+    assert len(blocks) == 6
+    vera, out = names["vera"], names["out"]
+    assert vera.names == ("default", "small") and out.shape[0] == 3 and names["report"].error < 1e-3
+    assert load_adapter("my-adapter").config.rank == 8 and load_adapter("out/checkpoint-2").parameters > 0
+    assert not any("vera" in key for key in tiny.causal("merged").state_dict())
 
 
 # What TRL asks of a reference, beyond the example

@@ -905,6 +905,23 @@ def test_a_tensor_at_an_odd_address_loads(tmp_path):
     assert same(load_adapter(tmp_path), adapter)
 
 
+def test_the_data_of_a_file_that_is_no_adapter_is_not_read(tmp_path):
+    """64 GiB of nothing: a base model given by mistake."""
+    header = json.dumps({"w": {"dtype": "U8", "shape": [2**36], "data_offsets": [0, 2**36]}}).encode()
+    with open(tmp_path / "x.safetensors", "wb") as f:
+        f.write(struct.pack("<Q", len(header)) + header)
+        f.truncate(8 + len(header) + 2**36)
+    with pytest.raises(AdapterFileError, match="no veralib adapter"):
+        load_adapter(tmp_path / "x.safetensors")
+
+
+def test_a_folder_that_trainer_wrote_is_read_by_its_own_name(tmp_path):
+    save_adapter(plain(), tmp_path / "model.safetensors")
+    assert same(load_adapter(tmp_path), plain())
+    save_adapter(parts(), tmp_path)
+    assert same(load_adapter(tmp_path), parts())
+
+
 def test_a_missing_file_is_answered_with_the_nearest_name(tmp_path):
     save_adapter(plain(), tmp_path / "mrpc.safetensors")
     with pytest.raises(AdapterFileError, match=r'there is no file "mprc\.safetensors"\. Did you mean "mrpc\.safetensors"\?'):

@@ -111,8 +111,11 @@ def _bytes(data: Tensor) -> memoryview:
     return data.numpy().data
 
 
-def read(file: str, with_data: bool = True) -> Contents:
-    """The contents of a safetensors file, every rule of the container checked, the checksum not. AdapterFileError."""
+def read(file: str, with_data: bool = True, only_with: str | None = None) -> Contents:
+    """The contents of a safetensors file, every rule of the container checked, the checksum not. AdapterFileError.
+
+    only_with: where the metadata lacks this key, the data isn't read: a base model given by mistake has gigabytes.
+    """
     try:
         if not stat.S_ISREG(os.stat(file).st_mode):
             raise AdapterFileError(f"{file} is no regular file. Give the path of an adapter file or of its folder.")
@@ -125,6 +128,7 @@ def read(file: str, with_data: bool = True) -> Contents:
             header = f.read(length)
             space = size - 8 - length
             metadata, entries = _parse_header(file, header, space)
+            with_data = with_data and (only_with is None or only_with in metadata)
             data = torch.empty(space if with_data else 0, dtype=torch.uint8)
             if with_data and f.readinto(_bytes(data)) != space:
                 raise AdapterFileError(f"{file} shrank while it was read. Wait until it's written, and load it again.")

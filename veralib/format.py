@@ -102,7 +102,8 @@ def save_adapter(adapter: Adapter, path: str | os.PathLike[str], dtype: torch.dt
 
 
 def load_adapter(path: str | os.PathLike[str]) -> Adapter:
-    """The Adapter in a file that save_adapter wrote, or in adapter_model.safetensors of a folder. d and b are float32.
+    """The Adapter in a file that save_adapter wrote, d and b in float32. Of a folder, adapter_model.safetensors is read, or
+    else model.safetensors, as a Trainer checkpoint calls it.
 
     Everything is checked first: AdapterFileError for a file that is missing, truncated, changed in any bit, not veralib's,
     of a newer format, with another A and B than this veralib grows, with NaN, or at odds with itself. Its tensors are
@@ -139,10 +140,9 @@ def _open(path: str | os.PathLike[str], with_data: bool) -> Contents:
         file = os.path.join(file, FILE_NAME)
         if not os.path.exists(file) and os.path.exists(checkpoint):
             file = checkpoint
-            with_data = with_data and "vera_format" in read(file, False).metadata  # a base model's may have gigabytes
     if not os.path.exists(file):
         raise _missing(Path(file))
-    contents = read(file, with_data)
+    contents = read(file, with_data, only_with="vera_format")
     written = contents.metadata.get("vera_format")
     if written is None:
         raise AdapterFileError(_not_ours(contents))

@@ -120,8 +120,8 @@ class Residence:
         if silent:
             warnings.warn(
                 f"{len(silent)} adapted layers or fully trained modules were not called in the first forward, so they do "
-                f"nothing: {', '.join(silent[:3])}{' …' if len(silent) > 3 else ''}. Their parent, or a trainer (TRL's read lm_head's "
-                "weight), may use the weight directly.",
+                f"nothing: {', '.join(silent[:3])}{' …' if len(silent) > 3 else ''}. Their parent, or a trainer (TRL's read "
+                "lm_head's weight), may use the weight directly.",
                 VeraWarning,
             )
 

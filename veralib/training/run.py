@@ -156,7 +156,6 @@ def _arguments(settings: Settings, data: Data, checkpoints: Path) -> "TrainingAr
         "metric_for_best_model": metric if data.validation is not None else None,
         "greater_is_better": metric not in LOWER_IS_BETTER,
         "remove_unused_columns": False,
-        "logging_steps": 0.02,
         "report_to": "none",
         "disable_tqdm": True,
         "label_names": ["labels"],

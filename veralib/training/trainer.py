@@ -45,6 +45,9 @@ class AdapterTrainer(Trainer):
             self.args.eval_steps = steps
         if settings.save_every == "epoch":
             self.args.save_steps = steps
+        if "logging_steps" not in settings.training:
+            total = self.args.max_steps if self.args.max_steps > 0 else steps * settings.epochs
+            self.args.logging_steps = max(1, int(total / 50))
 
     def train_seconds(self) -> float:
         """Seconds of training so far, over all the parts of an interrupted run, without evaluations and checkpoints."""
