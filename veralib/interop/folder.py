@@ -29,6 +29,7 @@ def is_peft_folder(path: str | Path) -> bool:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
+    """The fields of adapter_config.json. AdapterFileError where there is none, or no JSON object."""
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise AdapterFileError(f"{folder} holds no {CONFIG_FILE}, so it is no folder that PEFT saved.")
@@ -49,6 +50,7 @@ def method_of(fields: Mapping[str, Any]) -> str:
 
 
 def check_method(fields: Mapping[str, Any], where: str) -> None:
+    """Raises AdapterFileError where the folder holds another method's adapter than VeRA's."""
     if (method := method_of(fields)) != "VERA":
         raise AdapterFileError(
             f"{where} holds an adapter of PEFT's method {method} (peft_type in {CONFIG_FILE}); veralib reads VERA alone. "
@@ -57,6 +59,7 @@ def check_method(fields: Mapping[str, Any], where: str) -> None:
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """The folder's tensors by name, from safetensors or PyTorch's format, on the CPU. AdapterFileError."""
     from safetensors.torch import load_file
 
     path = next((folder / name for name in (WEIGHTS_FILE, PICKLE_FILE) if (folder / name).is_file()), None)
