@@ -3,12 +3,10 @@
 import contextlib
 import ctypes
 import gc
-import multiprocessing
 import random
 import shutil
 import tempfile
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -53,8 +51,7 @@ def run(rows: list[Row], shape: str = "llama", log: Callable[[str], None] = prin
     found = {}
     for row in rows:
         if own_process:
-            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-                found[row.name] = pool.submit(measure_row, row, shape, torch.get_num_threads()).result()
+            found[row.name] = measure.in_own_process(measure_row, row, shape, torch.get_num_threads())
         else:
             found[row.name] = measure_row(row, shape, torch.get_num_threads())
         facts = found[row.name]

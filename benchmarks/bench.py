@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     with measure.alone():
         for setting in (s for s in settings if s.name in wanted):
             _start(setting.name)
-            _write(train_step.run(setting, _log, tuple(options.skip)), out)
+            _write(train_step.run(setting, _log, tuple(options.skip), own_process=not options.quick), out)
         if "adapters" in wanted:
             _start("adapters")
             rows = [r for r in (adapters.QUICK if options.quick else adapters.ROWS) if r.contestant.method not in options.skip]

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import fcntl
 import gc
+import multiprocessing
 import os
 import platform
 import statistics
@@ -11,13 +12,15 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+T = TypeVar("T")
 LOCK = Path(tempfile.gettempdir()) / "veralib-bench.lock"
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -104,6 +107,12 @@ def allocations(run: Callable[[], Any]) -> tuple[int, int]:
             now += event.nbytes()
             peak = max(peak, now)
     return now, peak
+
+
+def in_own_process(function: Callable[..., T], *arguments: Any) -> T:
+    """function(…) of a new process: what another measurement has left in the allocator's lists says nothing there."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def trim() -> None:

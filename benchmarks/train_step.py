@@ -3,13 +3,13 @@
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import measure
-from .models import SHAPES, Contestant, Shape, base_model, batch, contest, frozen_tensors
+from .models import SEED, SHAPES, Contestant, base_model, batch, contest, frozen_tensors
 
 REFERENCE = Contestant("lora", 8)
 
@@ -53,22 +53,23 @@ QUICK = [
 ]
 
 
-def run(setting: Setting, log: Callable[[str], None] = print, skip: tuple[str, ...] = ()) -> dict[str, Any]:
+def run(
+    setting: Setting, log: Callable[[str], None] = print, skip: tuple[str, ...] = (), *, own_process: bool = True
+) -> dict[str, Any]:
     """The setting's result: for each contestant seconds, ratio to LoRA r=8, saved bytes, peak bytes, parameters.
 
     skip: methods to leave out. Ratios are taken round by round, then their median: a disturbance hits neighbours alike.
+    own_process: each contestant's bytes are counted in a new process, for the profiler's traces add up to gigabytes.
     """
-    shape = SHAPES[setting.shape]
-    data = batch(shape, setting.rows, setting.length)
-    base = base_model(shape, torch.bfloat16 if setting.precision == "bf16" else torch.float32)
-    steps: dict[str, Callable[[], Any]] = {}
+    contestants = [c for c in setting.contestants if c.method not in skip]
     facts: dict[str, dict[str, Any]] = {}
-    for contestant in setting.contestants:
-        if contestant.method in skip:
-            continue
-        steps[contestant.name], facts[contestant.name] = _enter(base, shape, contestant, setting.precision, data)
+    for contestant in contestants:
+        arguments = setting, contestant, torch.get_num_threads()
+        facts[contestant.name] = measure.in_own_process(count, *arguments) if own_process else count(*arguments)
         log(f"  {contestant.name}: saved {facts[contestant.name]['saved_bytes'] / 2**20:.1f} MiB")
     before = measure.environment()
+    base = _base(setting)
+    steps = {c.name: _enter(base, setting, c).step for c in contestants}
     seconds = measure.interleave(steps, setting.rounds, warmup=1)
     reference, saved = seconds[REFERENCE.name], facts[REFERENCE.name]["saved_bytes"]
     for name, taken in seconds.items():
@@ -80,7 +81,7 @@ def run(setting: Setting, log: Callable[[str], None] = print, skip: tuple[str, .
         log(f"  {name}: {facts[name]['seconds']['median']:.3f} s, {facts[name]['ratio']['median']:.3f} x LoRA r=8")
     return {
         "run": setting.name,
-        "seed": 0,
+        "seed": SEED,
         "shape": setting.shape,
         "rows": setting.rows,
         "length": setting.length,
@@ -94,16 +95,42 @@ def run(setting: Setting, log: Callable[[str], None] = print, skip: tuple[str, .
     }
 
 
-def _enter(
-    base: torch.nn.Module, shape: Shape, contestant: Contestant, precision: str, data: dict[str, Tensor]
-) -> tuple[Callable[[], Any], dict[str, Any]]:
+def count(setting: Setting, contestant: Contestant, threads: int) -> dict[str, Any]:
+    """The contestant's parameters and bytes, measured in the process that calls it."""
+    torch.set_num_threads(threads)
+    entered = _enter(_base(setting), setting, contestant)
+    live, _ = measure.allocations(entered.forward)
+    _, peak = measure.allocations(entered.step)
+    return {
+        "parameters": sum(p.numel() for p in entered.model.parameters() if p.requires_grad),
+        "saved_bytes": measure.saved_bytes(entered.forward, frozen_tensors(entered.model, contestant)),
+        "live_bytes_after_forward": live,
+        "peak_bytes_of_step": peak,
+    }
+
+
+class Entered(NamedTuple):
+    """A contestant that has taken its first step: A and B have grown, the optimiser has its state, and neither is measured."""
+
+    model: nn.Module
+    forward: Callable[[], Tensor]
+    step: Callable[[], None]
+
+
+def _base(setting: Setting) -> nn.Module:
+    return base_model(SHAPES[setting.shape], torch.bfloat16 if setting.precision == "bf16" else torch.float32)
+
+
+def _enter(base: nn.Module, setting: Setting, contestant: Contestant) -> Entered:
+    shape = SHAPES[setting.shape]
+    data = batch(shape, setting.rows, setting.length)
     model = contest(base, shape, contestant)
     trained = [p for p in model.parameters() if p.requires_grad]
     # fused: what Trainer uses by default (adamw_torch_fused).
     optimizer = torch.optim.AdamW(trained, lr=1e-3, fused=True) if trained else None
 
     def forward() -> Tensor:
-        cast = torch.autocast("cpu", torch.bfloat16) if precision == "autocast" else contextlib.nullcontext()
+        cast = torch.autocast("cpu", torch.bfloat16) if setting.precision == "autocast" else contextlib.nullcontext()
         with cast:
             return model(**data).loss
 
@@ -113,15 +140,6 @@ def _enter(
             optimizer.step()
             optimizer.zero_grad()
 
-    step()  # A and B have grown, the optimiser has its state: neither belongs to a step
-    saved = measure.saved_bytes(forward, frozen_tensors(model, contestant))
-    live, _ = measure.allocations(forward)
-    _, peak = measure.allocations(step)
-    facts = {
-        "parameters": sum(p.numel() for p in trained),
-        "saved_bytes": saved,
-        "live_bytes_after_forward": live,
-        "peak_bytes_of_step": peak,
-    }
+    step()
     measure.trim()
-    return step, facts
+    return Entered(model, forward, step)
