@@ -99,6 +99,12 @@ def test_mixed_batch_example(run):
     assert printed.count("\n") == 4 and "the base model: " in printed
 
 
+def test_fleet_example(run):
+    made, printed = run("fleet")
+    assert made["answers"] == list(made["says"].values()) and printed.startswith("100 of 100 owners' ducks")
+    assert load_adapter(made["options"].output + "/owner 0.safetensors").parameters == 1920
+
+
 def test_four_bit_example(run, tmp_path):
     from tests.test_quantised import skip_without_kernels
 

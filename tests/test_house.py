@@ -16,6 +16,7 @@ ORDER = [
     {"config", "linears", "core", "fused"},
     {"adapter", "autograd", "targets", "budget"},
     {"bank", "checks"},
+    {"fleetbank"},
     {"selection", "format", "checkpoint"},
     {"compiled", "layers"},
     {"matching"},
@@ -23,6 +24,7 @@ ORDER = [
     {"model"},
     {""},  # veralib/__init__.py
     {"interop"},
+    {"fleet"},
     {"baselines"},
     {"training"},
     {"demo"},

@@ -69,6 +69,9 @@ class Layout:
 class Bank:
     """All resident adapters of one layout: chunks of one flat table each, one row an adapter, float32."""
 
+    trains = False
+    """True for the table of a fleet (fleetbank.py)."""
+
     def __init__(self, layout: Layout, device: torch.device) -> None:
         self.layout = layout
         self.device = device
@@ -152,7 +155,13 @@ class Member:
 
     @property
     def trainable(self) -> bool:
+        """Whether it has Parameters of its own. An owner of a fleet trains too, in the fleet's table."""
         return self.bank is None
+
+    @property
+    def fleet(self) -> Bank | None:
+        """The fleet's bank, where this is an owner of one."""
+        return self.bank if self.bank is not None and self.bank.trains else None
 
     def vectors(self, unit: str) -> tuple[Tensor, Tensor]:
         """d (r,) and b (m,) of one unit, float32: the Parameters, or views of the bank's row."""

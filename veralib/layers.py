@@ -125,9 +125,7 @@ class Site:
         changed = [m for m in selection.distinct if self.layer in m.biases]
         if not buckets and not changed:
             return h
-        grad = torch.is_grad_enabled() and (
-            h.requires_grad or any(m.trainable for bucket in buckets for g in bucket.groups for m in g.members)
-        )
+        grad = torch.is_grad_enabled() and (h.requires_grad or any(bucket.trains for bucket in buckets))
         out = h.reshape(rows, -1, self.m)
         for bucket in buckets:
             out = self.add_bucket(out, x, bucket, grad)

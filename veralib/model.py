@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from . import matching, merging, root
@@ -19,6 +20,7 @@ from .residence import Residence
 from .selection import BASE, Runtime, Selection
 
 if TYPE_CHECKING:
+    from .fleet import Fleet
     from .merging import Keep, MergeReport
 
 
@@ -166,6 +168,16 @@ class Vera:
         self._selections.clear()
         root.watch_learning_rate(self)
         return self
+
+    def fleet(self, config: Any, slots: int, dtype: torch.dtype = torch.float32) -> "Fleet":
+        """A Fleet: room for `slots` owners that train at once, each row of a batch one owner's. Its add(names) lets them in."""
+        from .fleet import fleet
+
+        checked = _checked(config, "fleet")
+        if checked is None:
+            raise ConfigError("fleet() needs a VeraConfig.")
+        self._unmerged("make a fleet")
+        return fleet.make(self, checked, slots, dtype)
 
     def load(
         self,
@@ -324,7 +336,10 @@ class Vera:
         ]
         heads = [p for m in chosen for h in m.heads for p in self.inside.head(h, m).parameters() if p.requires_grad]
         if not vectors and not heads:
-            raise StateError("there is nothing to train: add(config) an adapter, or load one with trainable=True.")
+            raise StateError(
+                "there is nothing to train: add(config) an adapter, or load one with trainable=True. A fleet's owners are moved "
+                "by veralib.fleet.FleetAdamW."
+            )
         groups = [{"params": vectors, "lr": lr, "name": "vectors"}] if vectors else []
         return groups + ([{"params": heads, "lr": lr_head, "name": "head"}] if heads else [])
 

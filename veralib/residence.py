@@ -15,6 +15,7 @@ from .bank import Bank, Layout, Member
 from .basis import Basis, layer_id_of
 from .config import VeraConfig
 from .errors import ConfigError, VeraWarning, unknown_name
+from .fleetbank import FleetBank
 from .linears import shape
 from .selection import Runtime, Selection
 from .targets import Target, find_targets
@@ -32,6 +33,7 @@ class Residence:
         self.sites: dict[str, nn.Module] = {}
         self.heads: dict[str, nn.Module] = {}
         self.banks: dict[Layout, Bank] = {}
+        self.fleets: list[FleetBank] = []
         self.layouts: dict[tuple, Layout] = {}
         self.hashes: dict[str, tuple[int, int, str]] = {}
         self._next = 0
@@ -73,6 +75,18 @@ class Residence:
             self._add_head(module, member, adapter.modules[head])
         return self._enter(member)
 
+    def fleet_bank(self, config: VeraConfig, slots: int, dtype: torch.dtype) -> FleetBank:
+        """The tables of a fleet, nobody in them, the layers that it adapts ready."""
+        targets = [t for t in find_targets(self.model, config) if not _OWN.search(t.layer)]
+        bank = FleetBank(self._layout(_units(targets, config)), self.device, slots, dtype)
+        self._adapt({t.layer: t.module for t in targets}, {})
+        self.fleets.append(bank)
+        return bank
+
+    def enter_fleet(self, name: str, config: VeraConfig, bank: FleetBank, row: Tensor) -> Member:
+        """A member in a slot of a fleet's table."""
+        return self._enter(Member(name, config, bank.layout, self._next, bank=bank, slot=bank.put(row)))
+
     def remove(self, name: str) -> None:
         """Takes one member out of memory."""
         member = self.members.pop(name)
@@ -96,7 +110,7 @@ class Residence:
 
     def move(self) -> None:
         """Resident adapters follow the model to its device."""
-        for bank in self.banks.values():
+        for bank in (*self.banks.values(), *self.fleets):
             bank.to(self.device)
         for member in self.members.values():
             member.biases = {n: b.to(self.device) for n, b in member.biases.items()}

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .autograd import UnitSpec
-from .bank import Found, Layout, Member
+from .bank import Bank, Found, Layout, Member
 from .core import Plan
 from .errors import StateError
 
@@ -24,13 +25,15 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """The rows of a batch whose adapters share one layout. members: distinct; index: for each row, its member's place."""
+    """The rows of a batch whose adapters share one layout, and one fleet or none. members: distinct; index: for each row, its
+    member's place."""
 
     layout: Layout
     members: tuple[Member, ...]
     positions: Tensor
     index: Tensor
     found: Found | None  # where the resident members' rows lie in their bank
+    slots: Tensor | None = None  # in a fleet: the members' rows of its table
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +46,11 @@ class Bucket:
     index: Tensor  # row -> place in the stacked vectors of all groups
     everyone: bool  # positions are 0 … size - 1
     own: bool  # index is 0 … len(index) - 1: each row its own adapter, nothing to gather
+
+    @cached_property
+    def trains(self) -> bool:
+        """Whether a backward changes any of its adapters."""
+        return any(g.slots is not None or any(m.trainable for m in g.members) for g in self.groups)
 
     @property
     def widest(self) -> UnitSpec:
@@ -81,24 +89,26 @@ class Selection:
 
     def groups(self) -> tuple[Group, ...]:
         if "groups" not in self._cache:
-            by_layout: dict[Layout, list[int]] = {}
+            by_layout: dict[tuple[Layout, Bank | None], list[int]] = {}
             for i, member in enumerate(self.members):
                 if member is not None:
-                    by_layout.setdefault(member.layout, []).append(i)
-            self._cache["groups"] = tuple(self._group(layout, rows) for layout, rows in by_layout.items())
+                    by_layout.setdefault((member.layout, member.fleet), []).append(i)
+            self._cache["groups"] = tuple(self._group(*key, rows) for key, rows in by_layout.items())
         return self._cache["groups"]
 
-    def _group(self, layout: Layout, rows: list[int]) -> Group:
+    def _group(self, layout: Layout, fleet: Bank | None, rows: list[int]) -> Group:
         # Resident members first: their vectors come from the bank in one gather, the trainable ones' are stacked behind.
         distinct = sorted(dict.fromkeys(self.members[i] for i in rows), key=lambda m: m.trainable)  # type: ignore[union-attr]
         place = {member: k for k, member in enumerate(distinct)}
-        resident = [m for m in distinct if m and m.bank is not None]
+        slots = None if fleet is None else torch.tensor([m.slot for m in distinct if m], device=self.device)
+        resident = [m for m in distinct if m and m.bank is not None and fleet is None]
         return Group(
             layout,
             tuple(m for m in distinct if m),
             torch.tensor(rows, device=self.device),
             torch.tensor([place[self.members[i]] for i in rows], device=self.device),
             resident[0].bank.find([m.slot for m in resident]) if resident else None,  # type: ignore[union-attr]
+            slots,
         )
 
     def buckets(self, layer: str) -> tuple[Bucket, ...]:
@@ -238,7 +248,7 @@ class Runtime:
 
         The K adapters' vectors are kept for the selection used last, where all of them are resident and so can't change.
         """
-        if any(m.trainable for g in bucket.groups for m in g.members):
+        if bucket.trains:
             d, b = (v.to(dtype) for v in stacked_vectors(bucket))
         else:
             local, selection = self._local, self.current()
@@ -261,7 +271,12 @@ def stacked_vectors(bucket: Bucket, dtype: torch.dtype = torch.float32) -> tuple
     r, ds, bs = bucket.widest.r, [], []
     for unit, group in zip(bucket.units, bucket.groups, strict=True):
         parts_d, parts_b = [], []
-        if group.found is not None:
+        if group.slots is not None:
+            fleet: Any = group.members[0].bank
+            vectors = fleet.take(tuple(m.slot for m in group.members), group.slots, *group.layout.offsets[unit.unit])
+            parts_d.append(vectors[0])
+            parts_b.append(vectors[1])
+        elif group.found is not None:
             bank = group.members[0].bank
             start, middle, end = group.layout.offsets[unit.unit]
             assert bank is not None
