@@ -24,7 +24,7 @@ ORDER = [
     {"model"},
     {""},  # veralib/__init__.py
     {"interop"},
-    {"fleet"},
+    {"fleet", "store"},
     {"baselines"},
     {"training"},
     {"demo"},

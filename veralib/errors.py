@@ -7,6 +7,7 @@
     ├── UnknownName        no adapter, target, method … of that name; the known ones and the nearest are listed (also a KeyError)
     ├── StateError         the call doesn't fit the present state: merged, already attached, wrong number of rows
     ├── DataError          a data set without the named columns, empty, or with labels never seen in training
+    ├── StoreError         a store is damaged, of a newer format, or can't be written
     └── MissingPackage     an optional package is needed; the message is the command that installs it (also an ImportError)
 
 A message says what was found, what was expected, where, and the next step.
@@ -45,6 +46,10 @@ class StateError(VeraError, RuntimeError):
 
 class DataError(VeraError, ValueError):
     """A data set can't be used as it was given."""
+
+
+class StoreError(VeraError):
+    """A store, or something in it, can't be read or written, or is refused."""
 
 
 class MissingPackage(VeraError, ImportError):

@@ -97,7 +97,7 @@ def save_adapter(adapter: Adapter, path: str | os.PathLike[str], dtype: torch.dt
     named = pairs | dict(rest)
     if len(named) != len(pairs) + len(rest):
         raise AdapterFileError(f"the adapter can't be saved to {file}: two of its tensors would have one name.")
-    write(str(file), _metadata(adapter), named, check=_decode)
+    write(str(file), metadata_of(adapter), named, check=_decode)
     return file
 
 
@@ -119,8 +119,8 @@ def _decode(contents: Contents) -> Adapter:
             f"{contents.file} is damaged: its bytes have the checksum {found[:16]}…, expected "
             f"{contents.metadata['checksum'][:16]}…. Copy or download the file again."
         )
-    header = _header(contents)
-    adapter = _adapter(header, tensors(contents))
+    header = header_of(contents)
+    adapter = assemble(header, tensors(contents))
     if wrong := list(islice(faults(adapter), 4)):
         raise _broken(contents.file, _listed(wrong))
     if (found := adapter.basis.fingerprint()) != header.fingerprint:
@@ -130,7 +130,7 @@ def _decode(contents: Contents) -> Adapter:
 
 def read_header(path: str | os.PathLike[str]) -> Header:
     """The Header of an adapter file, or of the one in a folder. AdapterFileError. Reads a few kilobytes whatever its size."""
-    return _header(_open(path, with_data=False))
+    return header_of(_open(path, with_data=False))
 
 
 def _open(path: str | os.PathLike[str], with_data: bool) -> Contents:
@@ -226,7 +226,7 @@ def _named_vectors(adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
         yield f"{unit}.b", b
 
 
-def _metadata(adapter: Adapter) -> dict[str, str]:
+def metadata_of(adapter: Adapter) -> dict[str, str]:
     basis, base = adapter.basis, adapter.base
     values = {
         "config": adapter.config.to_dict(),
@@ -260,7 +260,7 @@ def _metadata(adapter: Adapter) -> dict[str, str]:
     return plain | {key: canonical(value) for key, value in values.items()}
 
 
-def _header(contents: Contents) -> Header:
+def header_of(contents: Contents) -> Header:
     """The metadata, parsed, with the types that FORMAT.md promises."""
     texts, file = contents.metadata, contents.file
     try:
@@ -308,7 +308,7 @@ def _shape(value: Any) -> tuple[int, int]:
     return value[0], value[1]
 
 
-def _adapter(header: Header, found: dict[str, Tensor]) -> Adapter:
+def assemble(header: Header, found: dict[str, Tensor]) -> Adapter:
     """The Adapter of a header and its tensors, each put where its name says; one without a place is refused."""
     layers = header.base.layers
     owned = {f"module.{module}.{key}" for module, keys in header.modules.items() for key in keys}

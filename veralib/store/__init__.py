@@ -1,0 +1,75 @@
+"""Stores: adapters by name, a handful or a million. open_store(where) opens or makes one."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from ..errors import ConfigError, StoreError
+from .base import Store, Version
+from .cache import CachedStore, CacheStatistics
+from .codec import Precision
+from .files import Files, LocalFiles, RemoteFiles
+from .folder import FolderStore
+
+__all__ = ["CacheStatistics", "CachedStore", "Store", "Version", "open_store"]
+
+FORMAT = 1
+ABOUT = "store.json"
+
+
+def open_store(
+    where: str | os.PathLike[str],
+    kind: Literal["folder", "packed"] | None = None,
+    precision: Precision | None = None,
+    keep: int | None = None,
+    **options: Any,
+) -> Store:
+    """The store in a folder or behind an fsspec URL (s3://bucket/path, gs://, az://, hf://, memory://), made if there is none.
+
+    kind: "folder", a file for each version, or "packed", for bulk, on a local disk only; a store that exists knows its own.
+    precision: how a new store keeps d and b, "float32" unless told; keep: how many versions of a name stay. options go to
+    fsspec. StoreError for a folder with something else in it, a newer format, or another kind than asked for.
+    """
+    text = os.fspath(where)
+    local = "://" not in text or text.startswith("file://")
+    root = Path(text.removeprefix("file://"))
+    files: Files = LocalFiles(root) if local else RemoteFiles(text, options)
+    about = _read_about(files, text)
+    if about is None:
+        if kind not in (None, "folder", "packed"):
+            raise ConfigError(f'there is no kind of store "{kind}". Known: "folder", "packed".')
+        others = [n for n in files.list("") if n != "tmp"]
+        if others:
+            raise StoreError(
+                f"{text} holds {', '.join(sorted(others)[:3])} and no {ABOUT}: it is no store. Name an empty or a new folder."
+            )
+        about = {"veralib_store": FORMAT, "kind": kind or "folder", "precision": precision or "float32", "keep": keep}
+        FolderStore(files, about["precision"], keep)  # refuses a wrong setting before anything is written
+        if about["kind"] == "packed" and not local:
+            raise StoreError(f'a packed store appends to files, which {text} can\'t: use kind="folder" there.')
+        files.write(ABOUT, json.dumps(about, indent=1).encode() + b"\n")
+    for name, asked in (("kind", kind), ("precision", precision)):
+        if asked is not None and asked != about[name]:
+            raise StoreError(f"the store at {text} has {name} {about[name]!r}, and {asked!r} was asked for.")
+    keep = about["keep"] if keep is None else keep
+    if about["kind"] == "packed":
+        from .packed import PackedStore
+
+        return PackedStore(root, about["precision"], keep)
+    return FolderStore(files, about["precision"], keep)
+
+
+def _read_about(files: Files, where: str) -> dict[str, Any] | None:
+    try:
+        about = json.loads(files.read(ABOUT))
+        written = about["veralib_store"]
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError, OSError) as e:
+        raise StoreError(f"{where}/{ABOUT} can't be read: {e}. Restore it from a backup, or name another folder.") from e
+    if not isinstance(written, int) or written > FORMAT:
+        raise StoreError(
+            f"the store at {where} has format {written!r}; this veralib reads up to {FORMAT}. Upgrade: pip install -U veralib."
+        )
+    return about

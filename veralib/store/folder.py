@@ -1,0 +1,120 @@
+"""FolderStore: a file for each version of each adapter, on a disk or behind an fsspec URL.
+
+    store.json
+    configurations/<hash>
+    adapters/<shard>/<key of the name>/<version>-<random>.vera
+
+The version with the greatest file name is the current one. Nothing is ever changed in place: two who write one name at once
+make two files, and one of them is the greatest.
+"""
+
+import re
+import secrets
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from .base import Store, Version
+from .codec import Configuration, Precision
+from .files import Files
+from .names import decoded, key_of, shard_of
+from .record import Record, parse
+
+_FILE = re.compile(r"(\d{12})-[0-9a-f]{8}\.vera")
+_ESCAPED = re.compile(r"=([0-9a-f]{2})")
+
+
+class FolderStore(Store):
+    """One file a version: easy to copy, back up and look at. For hundreds of thousands of adapters and more, PackedStore."""
+
+    def __init__(self, files: Files, precision: Precision = "float32", keep: int | None = None) -> None:
+        super().__init__(precision, keep)
+        self.files = files
+
+    def __repr__(self) -> str:
+        return f"FolderStore({str(self.files)!r})"
+
+    def delete(self, name: str) -> None:
+        self._files_of(name)
+        self.files.remove(self._folder(name))
+
+    def names(self, prefix: str = "") -> Iterator[str]:
+        for shard in self.files.list("adapters"):
+            for key in self.files.list(f"adapters/{shard}"):
+                found = self._name_of(shard, key)
+                if found is not None and found.startswith(prefix):
+                    yield found
+
+    def versions(self, name: str) -> list[Version]:
+        out = []
+        for file in self._files_of(name):
+            data = self.files.read(f"{self._folder(name)}/{file}")
+            record = parse(data, f'adapter "{name}"')
+            out.append(Version(_number(file), record.milliseconds, len(data), record.notes))
+        return out
+
+    def current(self, name: str) -> int:
+        return _number(self._files_of(name)[-1])
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self.names())
+
+    def _folder(self, name: str) -> str:
+        return f"adapters/{shard_of(name)}/{key_of(name)}"
+
+    def _files_of(self, name: str) -> list[str]:
+        """The files of all versions, oldest first."""
+        found = sorted(f for f in self.files.list(self._folder(name)) if _FILE.fullmatch(f))
+        if not found:
+            raise self._unknown(name)
+        return found
+
+    def _name_of(self, shard: str, key: str) -> str | None:
+        files = [f for f in self.files.list(f"adapters/{shard}/{key}") if _FILE.fullmatch(f)]
+        if not files:
+            return None  # deleted meanwhile, or about to be written
+        if "~" in key:  # cut: the record knows the whole name
+            return parse(self.files.read(f"adapters/{shard}/{key}/{max(files)}"), key).name
+        raw = _ESCAPED.sub(lambda m: chr(int(m[1], 16)), key)
+        return decoded(raw.encode("latin-1"))
+
+    def _write(self, records: Sequence[Record]) -> list[int]:
+        numbers = []
+        for record in records:
+            folder = self._folder(record.name)
+            known = sorted(f for f in self.files.list(folder) if _FILE.fullmatch(f))
+            number = _number(known[-1]) + 1 if known else 1
+            file = f"{number:012d}-{secrets.token_hex(4)}.vera"
+            self.files.write(f"{folder}/{file}", replace(record, version=number).to_bytes())
+            for old in known[: len(known) + 1 - self.keep] if self.keep is not None else ():
+                self.files.remove(f"{folder}/{old}")
+            numbers.append(number)
+        return numbers
+
+    def _read(self, name: str, version: int | None) -> bytes:
+        for attempt in range(4):
+            files = self._files_of(name)
+            if version is not None:
+                files = [f for f in files if _number(f) == version]
+            if not files:
+                raise self._unknown(name, version)
+            try:
+                return self.files.read(f"{self._folder(name)}/{files[-1]}")
+            except FileNotFoundError:  # a newer version came and this one went, between the two looks
+                if attempt == 3:
+                    raise
+        raise AssertionError("unreachable")
+
+    def _keep_configuration(self, configuration: Configuration) -> None:
+        path = f"configurations/{configuration.digest.hex()}"
+        if configuration.digest.hex() not in self.files.list("configurations"):
+            self.files.write(path, configuration.text)
+
+    def _read_configuration(self, digest: bytes) -> bytes | None:
+        try:
+            return self.files.read(f"configurations/{digest.hex()}")
+        except FileNotFoundError:
+            return None
+
+
+def _number(file: str) -> int:
+    return int(file[:12])

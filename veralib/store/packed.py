@@ -1,0 +1,325 @@
+"""PackedStore: a million adapters in a few files. Records lie one behind another; SQLite knows where each begins.
+
+    store.json
+    data-000001.vera …    records, appended, mapped into memory for reading
+    index.sqlite          name, version -> file, place, length; configurations
+
+The records are the truth: they hold name and version, and an index that was lost or lags behind is made good from them. A put
+appends, waits for the disk, then writes the index, so a crash between the two leaves a record that the next opening finds.
+"""
+
+import contextlib
+import errno
+import fcntl
+import mmap
+import os
+import sqlite3
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from ..errors import StoreError
+from .base import Store, Version
+from .codec import Configuration, Precision, digest_of
+from .names import decoded, encoded
+from .record import ADAPTER, HEAD, TOMBSTONE, Record, length_at, parse
+
+SEGMENT_BYTES = 2**30  # a new file is begun when the last one is this large
+_TABLES = """
+CREATE TABLE IF NOT EXISTS adapters(
+    name BLOB NOT NULL, version INTEGER NOT NULL, segment INTEGER NOT NULL, place INTEGER NOT NULL, length INTEGER NOT NULL,
+    PRIMARY KEY(name, version)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS segments(number INTEGER PRIMARY KEY, size INTEGER NOT NULL, dead INTEGER NOT NULL DEFAULT 0);
+CREATE TABLE IF NOT EXISTS configurations(digest BLOB PRIMARY KEY, text BLOB NOT NULL) WITHOUT ROWID;
+"""
+
+
+class PackedStore(Store):
+    """For bulk: put_many waits for the disk once, a get is one lookup and one read from mapped memory. Linux and macOS.
+
+    Several processes may read and write. delete and old versions leave their bytes in the files until compact().
+    """
+
+    def __init__(self, root: Path, precision: Precision = "float32", keep: int | None = None) -> None:
+        super().__init__(precision, keep)
+        self.root = root
+        self._local = threading.local()
+        self._maps: dict[int, mmap.mmap] = {}
+        self._mapping = threading.Lock()
+        self.recovered = 0
+        """Records that the index lacked when the store was opened: written by somebody who was killed."""
+        with self._exclusive() as index:
+            self._recover(index)
+
+    def __repr__(self) -> str:
+        return f"PackedStore({str(self.root)!r})"
+
+    def close(self) -> None:
+        super().close()
+        with self._mapping:
+            self._maps.clear()
+        if (index := getattr(self._local, "index", None)) is not None:
+            index.close()
+            del self._local.index
+
+    # Asked
+
+    def current(self, name: str) -> int:
+        found = self._index().execute("SELECT max(version) FROM adapters WHERE name = ?", (encoded(name),)).fetchone()[0]
+        if found is None:
+            raise self._unknown(name)
+        return found
+
+    def names(self, prefix: str = "") -> Iterator[str]:
+        start = prefix.encode("utf-8", "surrogatepass")
+        last = b""
+        while True:  # in pages: nobody holds a lock while the caller thinks
+            rows = (
+                self._index()
+                .execute("SELECT DISTINCT name FROM adapters WHERE name >= ? AND name > ? LIMIT 1000", (start, last))
+                .fetchall()
+            )
+            for (raw,) in rows:
+                if not raw.startswith(start):
+                    return
+                yield decoded(raw)
+            if len(rows) < 1000:
+                return
+            last = rows[-1][0]
+
+    def versions(self, name: str) -> list[Version]:
+        rows = self._index().execute("SELECT version FROM adapters WHERE name = ? ORDER BY version", (encoded(name),)).fetchall()
+        if not rows:
+            raise self._unknown(name)
+        out = []
+        for (number,) in rows:
+            data = self._read(name, number)
+            record = parse(data, f'adapter "{name}"')
+            out.append(Version(number, record.milliseconds, len(data), record.notes))
+        return out
+
+    def __len__(self) -> int:
+        return self._index().execute("SELECT count(DISTINCT name) FROM adapters").fetchone()[0]
+
+    def _read(self, name: str, version: int | None) -> bytes | memoryview:
+        for attempt in range(4):
+            row = (
+                self._index()
+                .execute(
+                    "SELECT segment, place, length FROM adapters WHERE name = ? AND version = ifnull(?, version) "
+                    "ORDER BY version DESC LIMIT 1",
+                    (encoded(name), version),
+                )
+                .fetchone()
+            )
+            if row is None:
+                if version is not None:
+                    self.current(name)
+                raise self._unknown(name, version)
+            try:
+                return self._slice(*row)
+            except FileNotFoundError as e:  # compacted between the two looks
+                if attempt == 3:
+                    raise StoreError(f'{e.filename}, which holds adapter "{name}", is gone: restore it from a backup.') from e
+        raise AssertionError("unreachable")
+
+    def _slice(self, segment: int, place: int, length: int) -> memoryview:
+        with self._mapping:
+            known = self._maps.get(segment)
+            if known is None or len(known) < place + length:
+                with open(self._data(segment), "rb") as f:
+                    size = os.fstat(f.fileno()).st_size
+                    if size < place + length:
+                        raise StoreError(
+                            f"{f.name} ends at byte {size}, and a record of the index goes to {place + length}: it was cut. Open "
+                            "the store anew; complete records survive."
+                        )
+                    known = self._maps[segment] = mmap.mmap(f.fileno(), size, access=mmap.ACCESS_READ)
+        return memoryview(known)[place : place + length]
+
+    # Changed
+
+    def _write(self, records: Sequence[Record]) -> list[int]:
+        with self._exclusive() as index:
+            numbers, numbered, latest = [], [], {}
+            for record in records:
+                name = encoded(record.name)
+                if name not in latest:
+                    latest[name] = index.execute("SELECT max(version) FROM adapters WHERE name = ?", (name,)).fetchone()[0] or 0
+                latest[name] += 1
+                numbers.append(latest[name])
+                numbered.append((name, latest[name], replace(record, version=latest[name]).to_bytes()))
+            rows = self._append(index, numbered)
+            index.executemany("INSERT INTO adapters VALUES(?, ?, ?, ?, ?)", rows)
+            if self.keep is not None:
+                old = [(name, number - self.keep) for name, number in latest.items() if number > self.keep]
+                index.executemany("DELETE FROM adapters WHERE name = ? AND version <= ?", old)
+        return numbers
+
+    def delete(self, name: str) -> None:
+        with self._exclusive() as index:
+            last = index.execute("SELECT max(version) FROM adapters WHERE name = ?", (encoded(name),)).fetchone()[0]
+            if last is None:
+                raise self._unknown(name)
+            self._append(index, [(encoded(name), last, Record(name, last, 0, kind=TOMBSTONE).to_bytes())])
+            index.execute("DELETE FROM adapters WHERE name = ?", (encoded(name),))
+
+    def compact(self) -> int:
+        """Writes what is still wanted into new files and removes the old ones; returns how many bytes that freed."""
+        with self._exclusive() as index:
+            before = self._bytes()
+            old = [n for (n,) in index.execute("SELECT number FROM segments")]
+            index.execute("INSERT INTO segments VALUES(?, 0, 0)", (max(old, default=0) + 1,))
+            rows = index.execute("SELECT name, version, segment, place, length FROM adapters ORDER BY segment, place").fetchall()
+            for k in range(0, len(rows), 4096):
+                part = [(name, version, bytes(self._slice(*place))) for name, version, *place in rows[k : k + 4096]]
+                index.executemany("INSERT OR REPLACE INTO adapters VALUES(?, ?, ?, ?, ?)", self._append(index, part))
+            # Marked in the same transaction: after a crash the next opening removes them rather than reading them again.
+            index.executemany("UPDATE segments SET dead = 1 WHERE number = ?", [(n,) for n in old])
+        with self._exclusive() as index:
+            self._remove_dead(index)
+            return before - self._bytes()
+
+    def _append(self, index: sqlite3.Connection, records: list[tuple[bytes, int, bytes]]) -> list[tuple]:
+        """Records behind the last file's end, on the disk when it returns; their rows for the index."""
+        number, size = index.execute("SELECT number, size FROM segments ORDER BY number DESC LIMIT 1").fetchone() or (0, 0)
+        if number == 0 or size > SEGMENT_BYTES:
+            number, size = number + 1, 0
+        path, rows, end = self._data(number), [], size
+        try:
+            with open(path, "ab") as f:
+                f.truncate(size)  # what somebody who was killed had begun
+                try:
+                    for name, version, data in records:
+                        f.write(data)
+                        rows.append((name, version, number, end, len(data)))
+                        end += len(data)
+                    f.flush()
+                    os.fsync(f.fileno())
+                except OSError:
+                    with contextlib.suppress(OSError):
+                        os.truncate(path, size)
+                    raise
+        except OSError as e:
+            why = "the disk is full" if e.errno == errno.ENOSPC else e.strerror or str(e)
+            raise StoreError(f"can't write {path}: {why}. What was there before is unchanged.") from e
+        index.execute(
+            "INSERT INTO segments VALUES(?, ?, 0) ON CONFLICT(number) DO UPDATE SET size = excluded.size", (number, end)
+        )
+        return rows
+
+    def _keep_configuration(self, configuration: Configuration) -> None:
+        with self._exclusive() as index:
+            index.execute("INSERT OR IGNORE INTO configurations VALUES(?, ?)", (configuration.digest, configuration.text))
+            path = self.root / f"configuration-{configuration.digest.hex()}"
+            if not path.exists():  # a copy beside the index, for the day it is lost
+                temporary = path.with_suffix(".tmp")
+                with open(temporary, "wb") as f:
+                    f.write(configuration.text)
+                    f.flush()
+                    os.fsync(f.fileno())
+                os.replace(temporary, path)
+
+    def _read_configuration(self, digest: bytes) -> bytes | None:
+        row = self._index().execute("SELECT text FROM configurations WHERE digest = ?", (digest,)).fetchone()
+        return row[0] if row else None
+
+    # Opened
+
+    def _recover(self, index: sqlite3.Connection) -> None:
+        """The index made to agree with the files: records it lacks are added, rows whose bytes are gone are dropped."""
+        for path in self.root.glob("configuration-*"):
+            if path.suffix != ".tmp" and digest_of(text := path.read_bytes()).hex() == path.name.partition("-")[2]:
+                index.execute("INSERT OR IGNORE INTO configurations VALUES(?, ?)", (digest_of(text), text))
+        self._remove_dead(index)
+        known = dict(index.execute("SELECT number, size FROM segments").fetchall())
+        present = {int(p.stem.partition("-")[2]): p for p in sorted(self.root.glob("data-*.vera"))}
+        for number in sorted(known.keys() | present.keys()):
+            size = present[number].stat().st_size if number in present else 0
+            indexed = known.get(number, 0)
+            end = size
+            if size > indexed:
+                end = self._scan(index, number, indexed)
+            elif size < indexed:
+                index.execute("DELETE FROM adapters WHERE segment = ? AND place + length > ?", (number, size))
+                end = index.execute("SELECT max(place + length) FROM adapters WHERE segment = ?", (number,)).fetchone()[0] or 0
+            if end != indexed:
+                index.execute(
+                    "INSERT INTO segments VALUES(?, ?, 0) ON CONFLICT(number) DO UPDATE SET size = excluded.size", (number, end)
+                )
+
+    def _scan(self, index: sqlite3.Connection, number: int, place: int) -> int:
+        """Enters the complete records from `place` on; where they end."""
+        data = self._data(number).read_bytes() if place == 0 else self._tail(number, place)
+        at = 0
+        while at + HEAD.size <= len(data):
+            try:
+                length = length_at(data[at : at + HEAD.size], str(self._data(number)))
+                record = parse(data[at : at + length], str(self._data(number)))
+            except StoreError:
+                break  # cut, or never written whole: _append writes over it
+            name = encoded(record.name)
+            if record.kind == ADAPTER:
+                row = (name, record.version, number, place + at, length)
+                index.execute("INSERT OR REPLACE INTO adapters VALUES(?, ?, ?, ?, ?)", row)
+                self.recovered += 1
+            elif record.kind == TOMBSTONE:
+                index.execute("DELETE FROM adapters WHERE name = ? AND version <= ?", (name, record.version))
+            at += length
+        return place + at
+
+    def _tail(self, number: int, place: int) -> bytes:
+        with open(self._data(number), "rb") as f:
+            f.seek(place)
+            return f.read()
+
+    def _remove_dead(self, index: sqlite3.Connection) -> None:
+        for (number,) in index.execute("SELECT number FROM segments WHERE dead = 1").fetchall():
+            with self._mapping:
+                self._maps.pop(number, None)
+            self._data(number).unlink(missing_ok=True)
+            index.execute("DELETE FROM segments WHERE number = ?", (number,))
+
+    def _bytes(self) -> int:
+        return sum(p.stat().st_size for p in self.root.glob("data-*.vera"))
+
+    # Held
+
+    def _data(self, number: int) -> Path:
+        return self.root / f"data-{number:06d}.vera"
+
+    def _index(self) -> sqlite3.Connection:
+        """This thread's connection."""
+        if getattr(self._local, "index", None) is None or self._local.process != os.getpid():
+            path = self.root / "index.sqlite"
+            try:
+                index = sqlite3.connect(path, timeout=60, isolation_level=None)
+                index.execute("PRAGMA journal_mode=WAL")
+                index.execute("PRAGMA synchronous=NORMAL")  # the records are the truth, and they are synced
+                index.executescript(_TABLES)
+            except sqlite3.Error as e:
+                raise StoreError(
+                    f"the index {path} can't be opened: {e}. Remove it (index.sqlite*), and it is made anew from the data files."
+                ) from e
+            self._local.index, self._local.process = index, os.getpid()
+        return self._local.index
+
+    @contextlib.contextmanager
+    def _exclusive(self) -> Iterator[sqlite3.Connection]:
+        """One writer at a time, over all threads and processes, in one transaction of the index."""
+        with open(self.root / "lock", "ab") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            index = self._index()
+            try:
+                index.execute("BEGIN IMMEDIATE")
+                yield index
+                index.execute("COMMIT")
+            except sqlite3.Error as e:
+                with contextlib.suppress(sqlite3.Error):
+                    index.execute("ROLLBACK")
+                raise StoreError(f"the index of {self.root} failed: {e}. What was there before is unchanged.") from e
+            except BaseException:
+                with contextlib.suppress(sqlite3.Error):
+                    index.execute("ROLLBACK")
+                raise
