@@ -110,3 +110,19 @@ def test_bf16_goal_is_half_of_pefts_extra_cost():
         "contestants": {"peft-vera-4": {"ratio": {"median": 3.0}}},
     }
     assert render._goals(json.loads(json.dumps(result))) == ["≤ 2.00"]
+
+
+def test_fleet_and_store_benchmarks_write_their_pages(tmp_path, own_lock):
+    from benchmarks import fleet, store
+
+    assert fleet.main(["--quick", "--only", "steps", "--rounds", "2", "--threads", "1", "--out", str(tmp_path)]) == 0
+    assert store.main(["--small", "300", "--large", "8", "--out", str(tmp_path)]) == 0
+    tables = json.loads((tmp_path / "fleet-steps.json").read_text())["tables"]
+    assert [t["batch"] for t in tables] == ["64x64", "16x256"]
+    for t in tables:
+        assert t["contestants"]["fleet r=64, 512 owners"]["training_bytes_per_parameter"] == 16
+        assert t["contestants"]["PEFT LoRA r=8"]["ratio"]["median"] == 1
+    stores = json.loads((tmp_path / "store.json").read_text())["stores"]
+    assert [s["count"] for s in stores] == [300, 8, 8, 8] and all(s["bytes"] > s["payload_bytes"] * s["count"] for s in stores)
+    page = (tmp_path / "README.md").read_text()
+    assert "| GPT-3 175B | LoRA r=16 | 75,497,472 | 288.0 MiB | 274.7 TiB |" in page

@@ -24,9 +24,10 @@ ORDER = [
     {"model"},
     {""},  # veralib/__init__.py
     {"interop"},
-    {"fleet", "store"},
+    {"store"},
     {"baselines"},
     {"training"},
+    {"fleet"},
     {"demo"},
     {"commands", "cli", "__main__"},
 ]

@@ -83,7 +83,7 @@ class Bank:
         """Stores one flat row (layout.size,), returns its slot."""
         if not self.free:
             first = len(self.chunks) * self.chunk_rows
-            self.chunks.append(torch.zeros(self.chunk_rows, self.layout.size, device=self.device))
+            self.chunks.append(torch.empty(self.chunk_rows, self.layout.size, device=self.device))
             self.free = list(range(first + self.chunk_rows - 1, first - 1, -1))
         slot = self.free.pop()
         self.row(slot).copy_(row)

@@ -26,6 +26,7 @@ def build():
     """The typer application with every command in it."""
     import typer
 
+    from .commands import fleet
     from .commands.adapters import convert, inspect, merge
     from .commands.demo import demo
     from .commands.params import params
@@ -43,6 +44,8 @@ def build():
     )
     for command in (make_train(), predict, merge, convert, inspect, params, demo):
         app.command()(fails_clearly(command))
+
+    app.add_typer(fleet.build(), name="fleet")
 
     @app.callback(invoke_without_command=True)
     def version(show: bool = typer.Option(False, "--version", help="Print the version and exit.", is_eager=True)) -> None:

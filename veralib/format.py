@@ -227,6 +227,7 @@ def _named_vectors(adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
 
 
 def metadata_of(adapter: Adapter) -> dict[str, str]:
+    """All metadata of an adapter's file but the checksum, as text."""
     basis, base = adapter.basis, adapter.base
     values = {
         "config": adapter.config.to_dict(),

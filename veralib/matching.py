@@ -1,7 +1,7 @@
 """Is this adapter for this base model? By its layers' names, shapes and a hash of their weights."""
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -16,13 +16,16 @@ if TYPE_CHECKING:
     from .residence import Residence
 
 
-def check(inside: "Residence", adapter: Adapter, name: str, allow_other_base: bool) -> None:
-    """Raises AdapterMismatch where the adapter was trained on another base model; a different id only warns."""
+def check(inside: "Residence", adapter: Adapter, name: str, allow_other_base: bool) -> dict[str, nn.Module]:
+    """The adapter's layers in this model; raises AdapterMismatch where it was trained on another, a different id only warns."""
     modules = {}
+    known: dict[str, nn.Module] = inside.sites
+    if not adapter.base.layers.keys() <= known.keys():  # one walk: get_submodule for each layer takes as long as the file
+        known = dict(inside.model.named_modules(remove_duplicate=False))
     for layer, trained in adapter.base.layers.items():
-        module = inside.sites.get(layer)
-        if module is None:
-            module = _find(inside.model, layer, adapter, name)
+        module = known.get(layer)
+        if module is None or not is_linear(module):
+            raise _no_layer(inside.model, module, layer, adapter, name)
         modules[layer] = module
         have = shape(module)
         if have != tuple(trained):
@@ -50,10 +53,10 @@ def check(inside: "Residence", adapter: Adapter, name: str, allow_other_base: bo
                 "are the same.",
                 VeraWarning,
             )
-        return
+        return modules
     # No two hashes to compare, so the model's id and the kind of quantisation must do.
     if allow_other_base:
-        return
+        return modules
     if adapter.base.hashes or adapter.base.quantised:
         why = "quantised or offloaded weights can't be compared"
     else:
@@ -64,7 +67,7 @@ def check(inside: "Residence", adapter: Adapter, name: str, allow_other_base: bo
             "known to fit.",
             VeraWarning,
         )
-        return
+        return modules
     if not same_id:
         raise AdapterMismatch(
             f'adapter "{name}" was trained on "{adapter.base.id}", and this base model calls itself "{model_id or "(nothing)"}"; '
@@ -85,18 +88,13 @@ def check(inside: "Residence", adapter: Adapter, name: str, allow_other_base: bo
             f"weights may differ, and {why}.",
             VeraWarning,
         )
+    return modules
 
 
-def _find(model: nn.Module, layer: str, adapter: Adapter, name: str) -> nn.Module:
-    try:
-        module = model.get_submodule(layer) if layer else None
-    except AttributeError:
-        module = None
-    if module is not None and is_linear(module):
-        return module
+def _no_layer(model: nn.Module, module: nn.Module | None, layer: str, adapter: Adapter, name: str) -> AdapterMismatch:
     linears = [n for n, m in model.named_modules() if is_linear(m)]
     found = f"is a {type(module).__name__}" if module is not None else "has no such layer"
-    raise AdapterMismatch(
+    return AdapterMismatch(
         f'adapter "{name}" adapts layer "{layer}"; this base model {found}.{nearest(layer, linears)} {_trained_on(adapter)}'
     )
 
@@ -128,7 +126,7 @@ def cached_hash(inside: "Residence", layer: str, module: nn.Module) -> str:
     return known[2]
 
 
-def units(model: nn.Module, adapter: Adapter) -> list[UnitSpec]:
+def units(model: nn.Module, adapter: Adapter, modules: Mapping[str, nn.Module]) -> list[UnitSpec]:
     """The units of an adapter in this model, in the adapter's order."""
     config = getattr(model, "config", None)
     out = []
@@ -137,7 +135,7 @@ def units(model: nn.Module, adapter: Adapter) -> list[UnitSpec]:
         n = adapter.base.layers[layer][1]
         rows = None
         if part:
-            known = parts(layer, model.get_submodule(layer), config)
+            known = parts(layer, modules[layer], config)
             if part not in known:
                 raise AdapterMismatch(
                     f'the adapter adapts part "{part}" of layer "{layer}"; this base model\'s layer has the parts '

@@ -195,10 +195,10 @@ class Vera:
         """
         self._new_name(name)
         adapter = source if isinstance(source, Adapter) else self._read(source, revision)
-        matching.check(self.inside, adapter, name, allow_other_base)
+        modules = matching.check(self.inside, adapter, name, allow_other_base)
         if trainable:
             self._unmerged("load a trainable adapter")
-        self.inside.from_adapter(adapter, name, trainable)
+        self.inside.from_adapter(adapter, name, trainable, modules)
         self._selections.clear()
         return self
 

@@ -57,11 +57,11 @@ class Residence:
             self._add_head(module, member)
         return self._enter(member)
 
-    def from_adapter(self, adapter: Adapter, name: str, trainable: bool) -> Member:
-        """A member with an adapter's vectors; matching.check has passed."""
-        layout = self._layout_of(adapter)
+    def from_adapter(self, adapter: Adapter, name: str, trainable: bool, modules: Mapping[str, nn.Module]) -> Member:
+        """A member with an adapter's vectors; modules: its layers, as matching.check found them."""
+        layout = self._layout_of(adapter, modules)
         heads = matching.heads(self.model, adapter)
-        self._adapt({n: self.model.get_submodule(n) for n in (*layout.by_layer, *adapter.biases) if n not in self.sites}, heads)
+        self._adapt({n: modules[n] for n in (*layout.by_layer, *adapter.biases)}, heads)
         member = Member(name, adapter.config, layout, self._next, heads=tuple(heads), notes=adapter.notes)
         row = torch.cat([t for u in layout.units for t in adapter.vectors[u.unit]]) if layout.units else torch.empty(0)
         if trainable:
@@ -160,12 +160,12 @@ class Residence:
             self.layouts[key] = Layout(tuple(units))
         return self.layouts[key]
 
-    def _layout_of(self, adapter: Adapter) -> Layout:
+    def _layout_of(self, adapter: Adapter, modules: Mapping[str, nn.Module]) -> Layout:
         vectors, ids = adapter.vectors, adapter.layer_ids
         lengths = tuple((unit, len(b), len(d), ids.get(unit)) for unit, (d, b) in vectors.items())
         key = (adapter.basis, adapter.config.scale, lengths)
         if key not in self.layouts:
-            self.layouts[key] = self._layout(matching.units(self.model, adapter))
+            self.layouts[key] = self._layout(matching.units(self.model, adapter, modules))
         return self.layouts[key]
 
     def _make_trainable(self, member: Member) -> None:

@@ -4,8 +4,8 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from ..errors import ConfigError
-from .shared import human_bytes, plain_value, table
+from .flags import flags, pairs, set_option, settings_argument
+from .shared import human_bytes, table
 
 HELP = """Train an adapter on your data; writes it, result.json and plot.png to the output folder.
 
@@ -33,68 +33,25 @@ DICTS = ("options", "training")  # set by --set name.key=value
 
 def make_train() -> Callable[..., None]:
     """The command, built from Settings."""
-    import typer
 
     from ..training.settings import Settings
 
     def train(**given: Any) -> None:
         run_train(given.pop("settings_file"), given.pop("set"), {k: v for k, v in given.items() if v is not None})
 
-    parameters = [
-        inspect.Parameter(
-            "settings_file",
-            inspect.Parameter.POSITIONAL_OR_KEYWORD,
-            default=typer.Argument(None, metavar="[RUN.YAML]", help="Settings as YAML; flags win over it."),
-            annotation=str | None,
-        )
-    ]
-    panel = "Run"
-    for name, field in Settings.model_fields.items():
-        panel = PANELS.get(name, panel)
-        if name in DICTS:
-            continue
-        flag, is_bool = "--" + name.replace("_", "-"), field.annotation in (bool, bool | None)
-        default = field.get_default(call_default_factory=True)
-        shown = (
-            ""
-            if field.is_required() or default is False or default in (None, ())
-            else f" (default: {'yes' if default is True else default})"
-        )
-        option = typer.Option(
-            None,
-            f"{flag}/--no-{flag[2:]}" if is_bool else flag,
-            help=f"{field.description}{shown}",
-            rich_help_panel=panel,
-            show_default=False,
-            metavar=None if is_bool else _metavar(field.annotation),
-        )
-        annotation = bool | None if is_bool else str | None
-        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=annotation))
-    extra = typer.Option([], "--set", help="A key of options or training, once for each: training.bf16=true", metavar="KEY=VALUE")
-    parameters.append(inspect.Parameter("set", inspect.Parameter.KEYWORD_ONLY, default=extra, annotation=list[str]))
+    parameters = [settings_argument(), *flags(Settings, PANELS, DICTS), set_option("training.bf16=true")]
     train.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     train.__annotations__ = {p.name: p.annotation for p in parameters}
     train.__doc__ = HELP
     return train
 
 
-def _metavar(annotation: Any) -> str:
-    from typing import Literal, get_args, get_origin
-
-    if get_origin(annotation) is Literal:
-        return "|".join(map(str, get_args(annotation)))
-    inner = {a for a in (get_args(annotation) or (annotation,)) if a is not type(None)}
-    if inner <= {int}:
-        return "INT"
-    return "NUMBER" if inner <= {int, float} else "TEXT"
-
-
-def run_train(settings_file: str | None, sets: list[str], flags: dict[str, Any]) -> None:
+def run_train(settings_file: str | None, sets: list[str], given: dict[str, Any]) -> None:
     """One run from a file, --set pairs and flags; prints what came out."""
     from ..training import Settings, load_settings, train
 
-    flags = {**flags, **_pairs(sets)}
-    settings = load_settings(settings_file, **flags) if settings_file else Settings(**flags)
+    given = {**given, **pairs(sets, DICTS)}
+    settings = load_settings(settings_file, **given) if settings_file else Settings(**given)
     result = train(settings, callbacks=[_reporter()])
     from ..training.folder import is_main_process
 
@@ -114,18 +71,6 @@ def run_train(settings_file: str | None, sets: list[str], flags: dict[str, Any])
     ]
     table(f"{result.method} on {settings.model}, in {settings.output}", ("", "value"), rows, right=())
     print(f"Next: vera predict {settings.output} NEW_ROWS.csv")
-
-
-def _pairs(sets: list[str]) -> dict[str, Any]:
-    """The --set pairs as nested settings: training.bf16=true -> {"training": {"bf16": True}}."""
-    found: dict[str, Any] = {}
-    for pair in sets:
-        key, equals, value = pair.partition("=")
-        name, dot, inner = key.strip().partition(".")
-        if not equals or not dot or name not in DICTS or not inner:
-            raise ConfigError(f"--set {pair!r}, expected training.NAME=VALUE or options.NAME=VALUE")
-        found.setdefault(name, {})[inner.replace("-", "_")] = plain_value(value)
-    return found
 
 
 def _reporter() -> Any:

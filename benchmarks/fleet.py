@@ -1,0 +1,333 @@
+"""A fleet's training step and a fleet end to end: `python -m benchmarks.fleet [--quick] [--only steps|runs]`.
+
+steps: one mixed step, optimiser included, on the Llama shape of the train-step benchmark, contestants interleaved; ratios to
+PEFT's LoRA r=8 with one owner. runs: 64 owners end to end, against PEFT one owner after another (a few are run, the rest is
+extrapolated, and marked so).
+"""
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+
+import torch
+from torch import Tensor, nn
+
+from veralib import VeraConfig, attach
+from veralib.fleet import FleetAdamW, owner_loss
+
+from . import measure
+from .models import SHAPES, Contestant, base_model, contest
+
+BATCHES = {"64x64": (64, 64), "16x256": (16, 256)}
+OWNERS = (1, 8, 64, 512)
+RANKS = (64, 256)
+LR = 1e-2
+
+
+class LoraBank(nn.Module):
+    """A linear with a LoRA pair for each owner: h = W0 x + 2 B_i A_i x, by two batched products. The rows are owners 0, 1, 2 …"""
+
+    def __init__(self, base: nn.Linear, owners: int, rank: int) -> None:
+        super().__init__()
+        self.base = base
+        self.A = nn.Parameter(torch.randn(owners, base.in_features, rank) / rank)
+        self.B = nn.Parameter(torch.zeros(owners, rank, base.out_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        per = x.shape[0] // self.A.shape[0]  # neighbouring rows are of one owner
+        flat = x.reshape(self.A.shape[0], per * x.shape[1], -1)
+        h = self.base(x)
+        return h + (2.0 * torch.bmm(torch.bmm(flat, self.A), self.B)).view(h.shape)
+
+
+def lora_bank(model: nn.Module, owners: int, rank: int) -> nn.Module:
+    """Every linear but the output head with a bank of LoRA pairs."""
+    model.requires_grad_(False)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and name != "lm_head":
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, LoraBank(module, owners, rank))
+    return model
+
+
+def fleet_step(base: nn.Module, shape: str, owners: int, rank: int, ids: Tensor) -> tuple[Callable[[], None], dict[str, Any]]:
+    """A fleet's step on `owners` slots; with more owners than rows, others each step."""
+    import copy
+
+    model = copy.deepcopy(base).eval()
+    vera = attach(model)
+    fleet = vera.fleet(VeraConfig(rank=rank, targets=SHAPES[shape].targets), slots=owners)
+    names = [f"owner {i}" for i in range(owners)]
+    fleet.add(names)
+    optimizer = FleetAdamW(fleet, lr=LR, max_norm=1.0)
+    chooser = random.Random(0)
+    present = min(owners, len(ids))
+
+    def step() -> None:
+        here = chooser.sample(names, present)
+        rows = [here[i * present // len(ids)] for i in range(len(ids))]
+        with vera.rows(rows):
+            owner_loss(model(input_ids=ids).logits, ids, rows).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    each = fleet.parameters_per_owner
+    training = (fleet.bank.bytes + 2 * fleet.bank.bytes // 2) / owners
+    return step, {"owners": owners, "rank": rank, "parameters_per_owner": each, "training_bytes_per_parameter": training / each}
+
+
+def plain_step(model: nn.Module, ids: Tensor, owners: int = 1) -> tuple[Callable[[], None], dict[str, Any]]:
+    """A step of torch's own AdamW on a model's trainable parameters."""
+    model.eval()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3, fused=True)
+    rows = [f"{i * owners // len(ids)}" for i in range(len(ids))]
+
+    def step() -> None:
+        owner_loss(model(input_ids=ids).logits, ids, rows).backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    return step, {"owners": owners, "parameters_per_owner": sum(p.numel() for p in trained) // owners}
+
+
+def steps(batch: str, shape: str, rounds: int, log: Callable[[str], None]) -> dict[str, Any]:
+    """One table: milliseconds a step and ratios."""
+    import copy
+
+    rows, length = BATCHES[batch]
+    if shape.startswith("tiny"):
+        rows, length = 4, 8
+    base = base_model(SHAPES[shape])
+    ids = torch.randint(3, SHAPES[shape].vocabulary, (rows, length), generator=torch.Generator().manual_seed(0))
+    plain: dict[str, Callable[[], nn.Module]] = {
+        "PEFT LoRA r=8": lambda: contest(base, SHAPES[shape], Contestant("lora", 8)),
+        "PEFT LoRA r=1": lambda: contest(base, SHAPES[shape], Contestant("lora", 1)),
+        "PEFT VeRA r=64": lambda: contest(base, SHAPES[shape], Contestant("peft-vera", 64)),
+        "veralib r=64": lambda: contest(base, SHAPES[shape], Contestant("veralib", 64)),
+        "veralib r=256": lambda: contest(base, SHAPES[shape], Contestant("veralib", 256)),
+    }
+    contestants: dict[str, Callable[[], None]] = {}
+    facts: dict[str, dict[str, Any]] = {}
+    for name, make in plain.items():
+        contestants[name], facts[name] = plain_step(make(), ids)
+    for rank in (1, 8):
+        name = f"LoRA bank r={rank}, {rows} owners"
+        contestants[name], facts[name] = plain_step(lora_bank(copy.deepcopy(base), rows, rank), ids, rows)
+    for rank in RANKS:
+        for owners in OWNERS:
+            name = f"fleet r={rank}, {owners} owners"
+            contestants[name], facts[name] = fleet_step(base, shape, owners, rank, ids)
+            measure.trim()
+    seconds = measure.interleave(contestants, rounds, warmup=1)
+    reference = seconds["PEFT LoRA r=8"]
+    for name, taken in seconds.items():
+        facts[name] |= {
+            "seconds": measure.spread(taken),
+            "ratio": measure.spread([t / r for t, r in zip(taken, reference, strict=True)]),
+            "tokens_per_second": rows * length / measure.spread(taken)["median"],
+        }
+        log(f"  {name}: {facts[name]['seconds']['median']:.3f} s, {facts[name]['ratio']['median']:.3f} x PEFT LoRA r=8")
+    return {"batch": batch, "rows": rows, "length": length, "shape": shape, "rounds": rounds, "contestants": facts}
+
+
+# End to end
+
+
+def owners_data(count: int, examples: int, length: int, vocabulary: int) -> dict[str, Tensor]:
+    """Token rows of each owner."""
+    generator = torch.Generator().manual_seed(1)
+    return {f"owner {i}": torch.randint(3, vocabulary, (examples, length), generator=generator) for i in range(count)}
+
+
+def train_one(model: nn.Module, rows: Tensor, epochs: int = 1, batch: int = 4) -> None:
+    """PEFT's one owner: AdamW, `batch` rows a step."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3, fused=True)
+    for _ in range(epochs):
+        for part in rows.split(batch):
+            model(input_ids=part, labels=part).loss.backward()
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def run_fleet(shape: str, examples: int, owners: int, length: int, folder: Path) -> float:
+    """Seconds of a fleet from data to saved adapters, base loaded already."""
+    from veralib.fleet.batches import OwnerData
+    from veralib.fleet.trainer import FleetTrainer, Plan
+    from veralib.store import open_store
+
+    model = base_model(SHAPES[shape]).eval()
+    data = owners_data(owners, examples, length, SHAPES[shape].vocabulary)
+    start = time.perf_counter()
+    vera = attach(model)
+    fleet = vera.fleet(VeraConfig(rank=64, targets=SHAPES[shape].targets), slots=owners)
+    optimizer = FleetAdamW(fleet, lr=LR, max_norm=1.0)
+    trainer = FleetTrainer(fleet, optimizer, Plan(epochs=1, owner_rows=4, batch_rows=64, measure=False))
+    store = open_store(folder)
+    everyone = [OwnerData(n, [{"input_ids": r.tolist(), "labels": r.tolist()} for r in rows]) for n, rows in data.items()]
+    for result, adapter in trainer.run(everyone):
+        store.put(result.name, adapter)
+    return time.perf_counter() - start
+
+
+def run_peft(shape: str, method: Any, rank: int, examples: int, owners: int, length: int, folder: Path) -> float:
+    """Seconds for PEFT's owners one after another on one base, adapters added, trained, saved and removed."""
+    import peft
+
+    model = base_model(SHAPES[shape]).eval()
+    data = owners_data(owners, examples, length, SHAPES[shape].vocabulary)
+    start = time.perf_counter()
+    for name, rows in data.items():
+        adapted = contest_in_place(model, shape, method, rank)
+        train_one(adapted, rows)
+        adapted.save_pretrained(folder / name)
+        model = adapted.unload()
+        assert not isinstance(model, peft.PeftModel)
+    return time.perf_counter() - start
+
+
+def contest_in_place(model: nn.Module, shape: str, method: Any, rank: int) -> Any:
+    """PEFT on the model itself, without a copy."""
+    import peft
+
+    targets: Any = SHAPES[shape].targets
+    config: peft.PeftConfig
+    if method == "lora":
+        config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets)
+    else:
+        config = peft.VeraConfig(r=rank, target_modules=targets)
+    return peft.get_peft_model(model, config)
+
+
+PROCESS = """
+import sys, torch
+torch.set_num_threads(int(sys.argv[1]))
+from pathlib import Path
+from benchmarks import fleet
+fleet.run_peft(sys.argv[2], "lora", 8, int(sys.argv[3]), 1, int(sys.argv[4]), Path(sys.argv[5]))
+"""
+
+
+def runs(shape: str, owners: int, log: Callable[[str], None]) -> dict[str, Any]:
+    """Seconds for `owners` owners with 32 and with 4 examples of 64 tokens each."""
+    length, few = 64 if not shape.startswith("tiny") else 8, min(owners, 8)
+    out: dict[str, Any] = {"owners": owners, "length": length, "shape": shape, "examples": {}}
+    root = Path(__file__).resolve().parents[1]
+    for examples in (32, 4):
+        found: dict[str, float] = {}
+        with tempfile.TemporaryDirectory() as scratch:
+            place = Path(scratch)
+            found["veralib fleet r=64"] = run_fleet(shape, examples, owners, length, place / "store")
+            for label, method, rank in (("LoRA r=8", "lora", 8), ("LoRA r=1", "lora", 1), ("VeRA r=64", "peft-vera", 64)):
+                taken = run_peft(shape, method, rank, examples, few, length, place / label)
+                found[f"PEFT {label}, one base ({few} run)"] = taken * owners / few
+            start = time.perf_counter()
+            words = [
+                sys.executable,
+                "-c",
+                PROCESS,
+                str(torch.get_num_threads()),
+                shape,
+                str(examples),
+                str(length),
+                str(place / "p"),
+            ]
+            for _ in range(2):
+                subprocess.run(words, check=True, cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True)
+            found["PEFT LoRA r=8, a process each (2 run)"] = (time.perf_counter() - start) * owners / 2
+        out["examples"][str(examples)] = found
+        for name, taken in found.items():
+            log(f"  {examples} examples, {name}: {taken:.1f} s, {taken / found['veralib fleet r=64']:.2f} x the fleet")
+    return out
+
+
+def render(folder: Path) -> str:
+    """The Markdown page of the result files in a folder."""
+    lines = ["# Fleets, measured", "", "Rendered by `python -m benchmarks.fleet`; nothing here is typed.", ""]
+    if (folder / "fleet-steps.json").exists():
+        found = json.loads((folder / "fleet-steps.json").read_text())
+        lines += [_where(found), ""]
+        for t in found["tables"]:
+            lines += [
+                f"## A step of {t['rows']} rows × {t['length']} tokens, optimiser included",
+                "",
+                "| | step ÷ PEFT LoRA r=8 with one owner | tokens a second | parameters an owner |",
+                "|---|---|---|---|",
+                *(
+                    f"| {name} | {c['ratio']['median']:.2f} | {c['tokens_per_second']:,.0f} | {c['parameters_per_owner']:,} |"
+                    for name, c in t["contestants"].items()
+                ),
+                "",
+            ]
+    if (folder / "fleet-runs.json").exists():
+        found = json.loads((folder / "fleet-runs.json").read_text())
+        lines += [
+            f"## {found['owners']} owners end to end, one epoch of rows of {found['length']} tokens",
+            "",
+            "Rows marked with a number of runs were extrapolated from so many owners.",
+            "",
+            _where(found),
+            "",
+            "| | examples an owner | seconds | ÷ the fleet |",
+            "|---|---|---|---|",
+        ]
+        for examples, times in found["examples"].items():
+            fleet = times["veralib fleet r=64"]
+            lines += [f"| {name} | {examples} | {taken:.1f} | {taken / fleet:.2f} |" for name, taken in times.items()]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _where(found: dict[str, Any]) -> str:
+    e = found["environment"]
+    return f"{e['processor']}, {e['threads']} threads, torch {e['versions']['torch']}, PEFT {e['versions']['peft']}, {e['date']}."
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Writes fleet-steps.json, fleet-runs.json and README.md into the output folder."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.fleet", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="tiny shapes, for tests: the numbers mean nothing")
+    parser.add_argument("--only", choices=("steps", "runs"))
+    parser.add_argument("--threads", type=int, default=2, help="1: processor time, for a busy machine")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=measure.ROOT / "results/fleet")
+    options = parser.parse_args(arguments)
+    shape = "tiny-llama" if options.quick else "llama"
+    torch.set_num_threads(options.threads)
+    options.out.mkdir(parents=True, exist_ok=True)
+
+    def log(line: str) -> None:
+        print(line, flush=True)
+
+    with measure.alone():
+        if options.only != "runs":
+            tables = []
+            for batch in BATCHES:
+                log(batch)
+                tables.append(steps(batch, shape, options.rounds, log))
+            found = {"run": "fleet-steps", "environment": measure.environment(), "tables": tables}
+            (options.out / "fleet-steps.json").write_text(json.dumps(found, indent=1) + "\n")
+        if options.only != "steps":
+            found = {"run": "fleet-runs", "environment": measure.environment(), **runs(shape, 4 if options.quick else 64, log)}
+            (options.out / "fleet-runs.json").write_text(json.dumps(found, indent=1) + "\n")
+    (options.out / "README.md").write_text(render(options.out))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

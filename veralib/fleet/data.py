@@ -1,0 +1,145 @@
+"""The rows of a fleet by owner: from a data set with an owner column, or a folder with one file an owner."""
+
+import json
+import os
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import DataError, VeraError, nearest
+from ..store.names import key_of, shard_of
+from ..training.data import Row, file_kind, load_data, read_rows
+from ..training.settings import Settings
+from ..training.tokens import encode
+from .batches import Example, OwnerData
+from .settings import FleetSettings
+
+
+@dataclass(frozen=True)
+class OwnerRows:
+    """Rows by owner, in the order in which owners appear. unusable: owner -> why it can't train."""
+
+    rows: Mapping[str, Sequence[Row]]
+    unusable: Mapping[str, str] = field(default_factory=dict)
+
+
+def read_owners(settings: FleetSettings) -> OwnerRows:
+    """The rows that the settings name, by owner. DataError where there is no owner column, or nothing at all."""
+    folder = Path(settings.data[0]).expanduser() if len(settings.data) == 1 else None
+    if folder is not None and folder.is_dir():
+        return _read_folder(folder)
+    rows = load_data(settings.row_settings()).train
+    if settings.owner not in rows[0]:
+        there = list(rows[0])
+        raise DataError(
+            f'{", ".join(settings.data)} has no owner column "{settings.owner}".{nearest(settings.owner, there)} Columns there: '
+            f"{', '.join(map(str, there))}. Name yours with owner, or give a folder with one file for each owner."
+        )
+    found: dict[str, list[Row]] = {}
+    nameless = 0
+    for row in rows:
+        owner = row.get(settings.owner)
+        if owner is None or str(owner) == "":
+            nameless += 1
+        else:
+            found.setdefault(str(owner), []).append(row)
+    if not found:
+        raise DataError(f'no row of {", ".join(settings.data)} names an owner in column "{settings.owner}".')
+    return OwnerRows(found, {"": f"{nameless} rows name no owner"} if nameless else {})
+
+
+def _read_folder(folder: Path) -> OwnerRows:
+    found: dict[str, Sequence[Row]] = {}
+    unusable: dict[str, str] = {}
+    files = [p for p in sorted(folder.iterdir()) if p.is_file() and file_kind(p)]
+    if not files:
+        raise DataError(f"{folder} has no files of rows: expected one csv, tsv, jsonl or txt file for each owner.")
+    for path in files:
+        owner = path.name.removesuffix(".gz").removesuffix(".xz").rpartition(".")[0]
+        if owner in found or owner in unusable:
+            raise DataError(f'{folder} has two files for the owner "{owner}": keep one, or put both into one file.')
+        try:
+            found[owner] = read_rows(path)
+        except DataError as e:
+            unusable[owner] = str(e)
+    return OwnerRows(found, unusable)
+
+
+def owner_data(
+    name: str, rows: Sequence[Row], tokenizer: Any, settings: FleetSettings, single: Settings, longest: int
+) -> OwnerData:
+    """One owner's examples; the held-out ones are rows that a draw of its own picks. DataError where no row can be learned.
+
+    A text longer than max_length becomes several examples; the draw is over examples then, for a text may be the only row.
+    """
+    examples: list[Example] = list(encode(rows, tokenizer, single, (), longest, f'the rows of owner "{name}"'))
+    count = round(settings.held_out * len(examples))
+    if settings.held_out and not count and len(examples) > 1:
+        count = 1
+    if count >= len(examples):
+        count = 0
+    picked = set(random.Random(f"{settings.seed}/{name}").sample(range(len(examples)), count))
+    return OwnerData(
+        name,
+        [e for i, e in enumerate(examples) if i not in picked],
+        [e for i, e in enumerate(examples) if i in picked],
+    )
+
+
+def prepare(
+    owners: OwnerRows, names: Sequence[str], tokenizer: Any, settings: FleetSettings, longest: int, unusable: dict[str, str]
+) -> Iterator[OwnerData]:
+    """The named owners' data, one after another as slots ask for them; who has no usable row is noted in `unusable`."""
+    single = settings.row_settings()
+    for name in names:
+        try:
+            yield owner_data(name, owners.rows[name], tokenizer, settings, single, longest)
+        except VeraError as e:
+            unusable[name] = str(e)
+
+
+# Kept rows: OUTPUT/data/<shard>/<key>.jsonl, the owner's name in the first line
+
+
+def kept_file(output: Path, name: str) -> Path:
+    """Where an owner's rows are kept."""
+    return output / "data" / shard_of(name) / f"{key_of(name)}.jsonl"
+
+
+def keep_rows(output: Path, name: str, rows: Sequence[Row]) -> None:
+    """Writes an owner's rows, in place of those kept before. DataError where the disk won't have them."""
+    path = kept_file(output, name)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        with open(partial, "w", encoding="utf-8", errors="surrogatepass") as f:
+            f.write(json.dumps({"owner": name}) + "\n")
+            f.writelines(json.dumps(dict(row), ensure_ascii=False, default=str) + "\n" for row in rows)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(partial, path)
+    except OSError as e:
+        raise DataError(f'can\'t keep the rows of owner "{name}" in {path}: {e.strerror or e}.') from e
+
+
+def kept_rows(output: Path, name: str) -> list[dict[str, Any]]:
+    """An owner's kept rows; empty where none were kept."""
+    path = kept_file(output, name)
+    if not path.exists():
+        return []
+    with open(path, encoding="utf-8", errors="surrogatepass") as f:
+        return [json.loads(line) for line in f][1:]
+
+
+def all_kept(output: Path) -> OwnerRows:
+    """Every owner's kept rows."""
+    found: dict[str, Sequence[Row]] = {}
+    for path in sorted((output / "data").glob("*/*.jsonl")):
+        with open(path, encoding="utf-8", errors="surrogatepass") as f:
+            lines = [json.loads(line) for line in f]
+        found[lines[0]["owner"]] = lines[1:]
+    if not found:
+        raise DataError(f"{output} keeps no rows of its owners (keep_data): name the data again with data.")
+    return OwnerRows(found)

@@ -1,0 +1,120 @@
+"""The output folder of a fleet: whose it is, who is done, and where those in training stand.
+
+run.json             the settings
+owners-<rank>.jsonl  a line for each owner that ended, written after its adapter is in the store
+standing-<rank>.safetensors   those in a slot, every minute
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from ..errors import StateError
+from ..training.folder import write_json
+from .settings import FleetSettings
+
+# What may differ between two runs into one folder: none of it changes what an owner's adapter becomes.
+FREE = {"output", "data", "split", "data_config", "slots", "batch_rows", "plot", "keep_data", "store", "store_kind", "precision"}
+TENSORS = ("row", "exp_avg", "exp_avg_sq", "best_row")
+
+
+def open_folder(settings: FleetSettings, folder: Path) -> None:
+    """Makes the folder this run's. StateError where it is one of other settings."""
+    mine = {k: v for k, v in settings.to_dict().items() if k not in FREE}
+    mark = folder / "run.json"
+    if mark.exists():
+        old = read_settings(folder)
+        changed = [f"{k} was {old.get(k)!r}, now {mine[k]!r}" for k in mine if k in old and old[k] != mine[k]]
+        if changed:
+            raise StateError(
+                f"{folder} holds a fleet of other settings; name another output folder. Different: {'; '.join(changed[:8])}"
+            )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(mark, {"settings": settings.to_dict()})
+    except OSError as e:
+        raise StateError(f"can't write to the output folder {folder}: {e.strerror or e}.") from e
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The settings that a fleet's folder was made with. StateError where it is none."""
+    try:
+        return json.loads((folder / "run.json").read_text(encoding="utf-8"))["settings"]
+    except (OSError, ValueError, KeyError) as e:
+        raise StateError(f"{folder} holds no fleet: there is no readable run.json. Name the output folder of a run.") from e
+
+
+def ended(folder: Path) -> dict[str, dict[str, Any]]:
+    """Owner -> its last line in owners-*.jsonl. A line that a crash cut is left out: its owner trains again."""
+    found: dict[str, dict[str, Any]] = {}
+    for path in sorted(folder.glob("owners-*.jsonl")):
+        for line in _lines(path):
+            if line["name"] not in found or line["ended"] >= found[line["name"]]["ended"]:
+                found[line["name"]] = line
+    return found
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            yield json.loads(line)
+        except ValueError:
+            continue
+
+
+def add_ended(folder: Path, rank: int, line: Mapping[str, Any]) -> None:
+    """One more line, on the disk when it returns."""
+    path = folder / f"owners-{rank}.jsonl"
+    try:
+        with open(path, "a+b") as f:
+            f.seek(0, os.SEEK_END)
+            if f.tell():
+                f.seek(-1, os.SEEK_END)
+                if f.read(1) != b"\n":  # a line that a crash cut
+                    f.write(b"\n")
+            f.write(json.dumps(dict(line)).encode() + b"\n")
+            f.flush()
+            os.fsync(f.fileno())
+    except OSError as e:
+        raise StateError(f"can't write {path}: {e.strerror or e}. What ended before is kept: free space, run again.") from e
+
+
+def save_standing(folder: Path, rank: int, state: Mapping[str, Mapping[str, Any]]) -> None:
+    """Where those in a slot stand, in place of what was there."""
+    tensors: dict[str, torch.Tensor] = {}
+    numbers = []
+    for i, (name, mine) in enumerate(state.items()):
+        tensors |= {f"{i}.{k}": v for k, v in mine.items() if k in TENSORS}
+        numbers.append({"name": name, **{k: v for k, v in mine.items() if k not in TENSORS}})
+    path = folder / f"standing-{rank}.safetensors"
+    partial = path.with_suffix(".partial")
+    try:
+        save_file(tensors, partial, metadata={"owners": json.dumps(numbers)})
+        with open(partial, "rb") as f:
+            os.fsync(f.fileno())
+        os.replace(partial, path)
+    except OSError as e:
+        raise StateError(f"can't write {path}: {e.strerror or e}. What ended before is kept: free space, run again.") from e
+
+
+def standing(folder: Path) -> dict[str, dict[str, Any]]:
+    """Owner -> state, of every process of an interrupted run."""
+    found: dict[str, dict[str, Any]] = {}
+    for path in sorted(folder.glob("standing-*.safetensors")):
+        with safe_open(path, "pt") as f:
+            for i, numbers in enumerate(json.loads(f.metadata()["owners"])):
+                tensors: dict[str, torch.Tensor] = {k: f.get_tensor(f"{i}.{k}") for k in TENSORS if f"{i}.{k}" in f.keys()}  # noqa: SIM118
+                found[numbers["name"]] = {**numbers, **tensors}
+    return found
+
+
+def forget_standing(folder: Path) -> None:
+    """Nobody is in a slot any more."""
+    for path in folder.glob("standing-*.safetensors"):
+        path.unlink(missing_ok=True)
