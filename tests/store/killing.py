@@ -26,6 +26,7 @@ def filled(adapter, value: float):
 
 def put_for_ever(kind: str, folder: str, adapter, first: int, pipe: int) -> None:
     store = open_store(folder, kind=kind)
+    os.write(pipe, struct.pack("q", 0))
     value = first
     while True:
         store.put_many([("ann", filled(adapter, float(value))), ("bob", filled(adapter, float(value)))])
@@ -47,6 +48,7 @@ def main(kind: str, folder: str, times: int) -> None:
             finally:
                 os._exit(1)
         os.close(writing)
+        os.read(reading, 8)  # it has begun
         time.sleep(chooser.uniform(0.0, 0.03))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
