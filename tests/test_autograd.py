@@ -110,10 +110,14 @@ def test_mixed_delta_passes_gradcheck_and_equals_the_formula():
     d = torch.randn(3, 4, generator=g, dtype=torch.float64, requires_grad=True)
     b = torch.randn(3, 6, generator=g, dtype=torch.float64, requires_grad=True)
     index = torch.tensor([2, 0, 0, 1, 2])
-    ours = lambda x, d, b: MixedDelta.apply(F.linear(x, u.A(x)), d, b, index, u.B(x))  # noqa: E731
+    ours = lambda x, d, b: MixedDelta.apply(None, F.linear(x, u.A(x)), d, b, index, u.B(x))  # noqa: E731
     assert torch.allclose(ours(x, d, b), core.delta_mixed(x, u.A(x), u.B(x), d, b, index), rtol=1e-12)
     assert torch.allclose(ours(x, d, b)[3], core.delta(x[3], u.A(x), u.B(x), d[1], b[1]), rtol=1e-12)
     assert torch.autograd.gradcheck(ours, (x, d, b))
+    h = torch.randn(5, 3, 6, generator=g, dtype=torch.float64, requires_grad=True)
+    added = lambda h, x, d, b: MixedDelta.apply(h, F.linear(x, u.A(x)), d, b, index, u.B(x))  # noqa: E731
+    assert torch.allclose(added(h, x, d, b), h + ours(x, d, b), rtol=1e-12)
+    assert torch.autograd.gradcheck(added, (h, x, d, b))
 
 
 @pytest.mark.parametrize("plan", PLANS)

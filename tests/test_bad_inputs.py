@@ -218,6 +218,26 @@ def _(folder):
     train(folder, "")
 
 
+@case("labels that training has never seen", veralib.DataError, "never seen", '"c"')
+def _(folder):
+    (folder / "dev.csv").write_text("text,label\nbye,c\n")
+    train(folder, "text,label\nhello,a\nbye,b\n", validation=folder / "dev.csv")
+
+
+@case("a full disk", veralib.AdapterFileError, "No space left")
+def _(folder):
+    adapter, sync = load_adapter(saved(folder)), os.fsync
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    os.fsync = full
+    try:
+        save_adapter(adapter, folder / "good.safetensors")
+    finally:
+        os.fsync = sync
+
+
 @case("unknown method", VeraError, "lroa", "lora")
 def _(folder):
     train(folder, "text,label\nhello,a\n", method="lroa")

@@ -302,30 +302,32 @@ def _delta(unit: UnitSpec, vectors: Sequence[Tensor], k: int, like: Tensor) -> T
 
 
 class MixedDelta(Function):
-    """b_i ∘ B(d_i ∘ u), where row k of the batch has adapter i = index[k]. Saves u, the index and the K adapters' vectors.
+    """h + b_i ∘ B(d_i ∘ u), where row k of the batch has adapter i = index[k]; without h the second term alone. Saves u, the
+    index and the K adapters' vectors.
 
-    u: (R, t, r)  d: (K, r), the scale already in it  b: (K, m)  index: (R,)  ->  (R, t, m).
+    h: (R, t, m) or None  u: (R, t, r)  d: (K, r), the scale already in it  b: (K, m)  index: (R,)  ->  (R, t, m).
     """
 
     @staticmethod
-    def forward(ctx: Any, u: Tensor, d: Tensor, b: Tensor, index: Tensor, B: Tensor) -> Tensor:
+    def forward(ctx: Any, h: Tensor | None, u: Tensor, d: Tensor, b: Tensor, index: Tensor, B: Tensor) -> Tensor:
         ctx.save_for_backward(u, d, b, index, B)
         y = F.linear(u * d[index].to(u.dtype)[:, None], B)
-        return y.mul_(b[index].to(u.dtype)[:, None])
+        b_rows = b[index].to(u.dtype)[:, None]
+        return y.mul_(b_rows) if h is None else torch.addcmul(h, y, b_rows)
 
     @staticmethod
     @_full_precision
     def backward(ctx: Any, g: Tensor) -> tuple:
         u, d, b, index, B = ctx.saved_tensors
-        g = g.to(u.dtype)
+        grad_h, g = g, g.to(u.dtype)
         d_rows, b_rows = d[index].to(u.dtype)[:, None], b[index].to(u.dtype)[:, None]
         gu = gd = gb = None
-        if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
             gdu = (g * b_rows) @ B
-            if ctx.needs_input_grad[1]:
+            if ctx.needs_input_grad[2]:
                 gd = torch.zeros_like(d).index_add_(0, index, (gdu * u).sum(1, dtype=d.dtype))
-            gu = gdu * d_rows if ctx.needs_input_grad[0] else None
-        if ctx.needs_input_grad[2]:
+            gu = gdu.mul_(d_rows) if ctx.needs_input_grad[1] else None
+        if ctx.needs_input_grad[3]:
             y = F.linear(u * d_rows, B)
-            gb = torch.zeros_like(b).index_add_(0, index, (g * y).sum(1, dtype=b.dtype))
-        return gu, gd, gb, None, None
+            gb = torch.zeros_like(b).index_add_(0, index, y.mul_(g).sum(1, dtype=b.dtype))
+        return grad_h if ctx.needs_input_grad[0] else None, gu, gd, gb, None, None

@@ -161,7 +161,10 @@ class Site:
             y.mul_(b)
         else:
             d, b = stacked_vectors(bucket)
-            y = MixedDelta.apply(u, d, b, bucket.index, widest.B(u))
+            whole = part is None and bucket.everyone and out.dtype == u.dtype
+            y = MixedDelta.apply(out if whole else None, u, d, b, bucket.index, widest.B(u))
+            if whole:
+                return y
         if isinstance(part, Tensor):  # an interleaved part: spread over all outputs
             y = y.new_zeros(*y.shape[:-1], self.m).index_add(2, part.to(y.device), y)
         elif part is not None:
