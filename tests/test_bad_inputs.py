@@ -218,6 +218,40 @@ def _(folder):
     train(folder, "")
 
 
+@case("a handle after detach", veralib.StateError, "detached", "attach(model)")
+def _(folder):
+    vera = attach(tiny_llama(), VeraConfig(rank=4, targets=["q_proj"]))
+    vera.detach()
+    vera.add(VeraConfig(rank=4, targets=["q_proj"]), name="late")
+
+
+@case("rows() with something that is no name", veralib.ConfigError, "7")
+def _(folder):
+    attach(tiny_llama(), VeraConfig(rank=4, targets=["q_proj"])).rows([7])
+
+
+@case("tokens() with fractions", veralib.ConfigError, "torch.float32", "whole numbers")
+def _(folder):
+    attach(tiny_llama(), VeraConfig(rank=4, targets=["q_proj"])).tokens(torch.zeros(4, 7), names=["default"])
+
+
+@case("an Adapter with NaN", veralib.ConfigError, "NaN")
+def _(folder):
+    adapter = load_adapter(saved(folder))
+    next(iter(adapter.vectors.values()))[0][0] = float("nan")
+    attach(tiny_llama()).load(adapter, name="alice")
+
+
+@case("attach to a name", veralib.ConfigError, "str", "load it first")
+def _(folder):
+    attach("gpt2", VeraConfig(rank=4))
+
+
+@case("load nothing", veralib.ConfigError, "None", "hub id")
+def _(folder):
+    attach(tiny_llama()).load(None, name="alice")
+
+
 @case("labels that training has never seen", veralib.DataError, "never seen", '"c"')
 def _(folder):
     (folder / "dev.csv").write_text("text,label\nbye,c\n")

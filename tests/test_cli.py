@@ -220,3 +220,35 @@ def test_a_missing_package_gives_the_command_that_installs_it(missing):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr.startswith("Error: ") and "pip install 'veralib[cli]'" in done.stderr and missing in done.stderr
+
+
+@pytest.mark.parametrize("projections", [True, False])
+def test_predict_and_merge_take_a_folder_that_peft_saved(work, tmp_path, projections):
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(work / "llama")
+    config = peft.VeraConfig(r=8, target_modules=["q_proj", "v_proj"], save_projection=projections)
+    model = peft.get_peft_model(base, config).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "vera_lambda_b" in name:
+                p.normal_()
+    model.save_pretrained(tmp_path / "peft")
+    out = vera("merge", tmp_path / "peft", tmp_path / "merged", "--model", work / "llama", "--task", "causal-lm")
+    assert "Error" not in out
+    ids = torch.arange(5, 15)[None]
+    with torch.no_grad():
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(input_ids=ids).logits
+        torch.testing.assert_close(merged, model(input_ids=ids).logits, rtol=1e-4, atol=1e-5)
+    (tmp_path / "prompts.jsonl").write_text('{"text": "the cat"}\n')
+    flags = ("--model", work / "llama", "--task", "causal-lm")
+    assert json.loads(vera("predict", tmp_path / "peft", tmp_path / "prompts.jsonl", *flags).splitlines()[-1])
+
+
+def test_a_wrong_setting_doesnt_lock_the_output_folder(work, tmp_path):
+    flags = ("--model", work / "bert", "--data", work / "train.csv", "--output", tmp_path / "run", "--rank", 4, "--epochs", 1)
+    assert "qery" in plain(vera("train", *flags, "--targets", "qery", code=1))
+    vera("train", *flags, "--targets", "query", "--set", "training.bf16=true")  # on a processor, too
+    assert (tmp_path / "run" / "result.json").exists()

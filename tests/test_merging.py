@@ -142,3 +142,17 @@ def test_a_merged_copy_is_independent():
     from veralib import handle
 
     assert handle(other).merged is None and torch.equal(other.lm_head.weight, model.lm_head.weight)
+
+
+def test_merged_for_good_detaches_to_the_plain_merged_model():
+    model = tiny_llama()
+    vera = attach(model, VeraConfig(rank=8, targets="all-linear"))
+    randomise(vera, "default")
+    ids = tokens()
+    unmerged = model(input_ids=ids).logits.detach()
+    vera.merge("default", keep=None)
+    with pytest.raises(StateError, match="merged for good"):
+        vera.use(None)
+    plain = vera.detach()
+    assert type(plain) is type(tiny_llama()) and plain.state_dict().keys() == tiny_llama().state_dict().keys()
+    torch.testing.assert_close(plain(input_ids=ids).logits, unmerged, rtol=1e-4, atol=1e-5)

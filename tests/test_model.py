@@ -558,3 +558,17 @@ def test_reference_is_the_base_without_a_copy():
     assert not list(reference.parameters())
     assert torch.equal(reference(input_ids=ids).logits, base)
     assert not torch.equal(logits(model, ids), base)
+
+
+def test_rows_takes_any_iterable_and_tokens_an_index_of_the_batchs_shape():
+    vera, ids = three_adapters(tiny_llama()), tokens(4)
+    names = ["small", None, "large", "narrow"]
+    with torch.no_grad():
+        with vera.rows(names):
+            expected = vera.model(input_ids=ids).logits
+        with vera.rows(n for n in names):
+            assert torch.equal(vera.model(input_ids=ids).logits, expected)
+        known = list(vera.names)
+        places = torch.tensor([-1 if n is None else known.index(n) for n in names])[:, None].expand(*ids.shape)
+        with vera.tokens(places, names=known):
+            torch.testing.assert_close(vera.model(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-5)

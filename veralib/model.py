@@ -1,6 +1,7 @@
 """attach and the handle: adapters in, on, over and out of one frozen model."""
 
 import contextlib
+import os
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from os import PathLike
@@ -12,12 +13,13 @@ from torch import Tensor, nn
 from . import matching, merging, root
 from .adapter import Adapter, BaseModel
 from .bank import Member
+from .checks import faults
 from .config import VeraConfig
 from .errors import ConfigError, StateError, unknown_name
 from .format import load_adapter, save_adapter
-from .linears import shape
+from .linears import is_linear, shape
 from .residence import Residence
-from .selection import BASE, Runtime, Selection
+from .selection import BASE, Runtime, Selection, row_names, token_names
 
 if TYPE_CHECKING:
     from .fleet import Fleet
@@ -32,14 +34,16 @@ def attach(model: nn.Module, config: Any = None, name: str = "default") -> "Vera
     Raises StateError on a model that is attached already or is a PeftModel, ConfigError where the config's targets match
     nothing; then the model is as it was.
     """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model is a {type(model).__name__}, expected a torch module: load it first.")
     if "_vera_handle" in model.__dict__:
         raise StateError(
             "this model is attached already: handle(model).add(config, name=…) puts another adapter beside the others."
         )
-    if any(cls.__module__.startswith("peft.") for cls in type(model).__mro__):
+    if any(cls.__module__.startswith("peft.") for m in model.modules() for cls in type(m).__mro__):
         raise StateError(
-            "this is a PeftModel, whose layers are wrapped already: veralib.from_peft(model) takes over its VeRA adapters, or "
-            "attach to the base model, model.unload()."
+            "this is a PeftModel or holds one's layers, which are wrapped already: veralib.from_peft(model) takes over its VeRA "
+            "adapters, or attach to the base model, model.unload()."
         )
     if inside := [n for n, m in model.named_modules() if "_vera_handle" in m.__dict__]:
         raise StateError(f'"{inside[0]}" inside this model is attached already: detach it first, or use its own handle.')
@@ -114,6 +118,9 @@ class Vera:
 
     def member(self, name: str | None) -> Member:
         """The adapter's entry; None means the active one, or the only one. UnknownName lists the known."""
+        self._live()
+        if name is not None and not isinstance(name, str):
+            raise ConfigError(f"an adapter's name is {name!r}, expected a string.")
         if name is None:
             name = self.active or self.merged or (self.names[0] if len(self.members) == 1 else None)
             if name is None:
@@ -194,7 +201,16 @@ class Vera:
         or weights; allow_other_base=True loads it all the same if names and shapes fit.
         """
         self._new_name(name)
-        adapter = source if isinstance(source, Adapter) else self._read(source, revision)
+        if isinstance(source, Adapter):
+            adapter = source
+        else:
+            adapter = self._read(source, revision)
+        if any(n == 0 for _, n in adapter.base.layers.values()):  # PEFT's folder doesn't say: this model does
+            from .interop.parse import with_shapes
+
+            adapter = with_shapes(adapter, {n: shape(m) for n, m in self.model.named_modules() if n and is_linear(m)})
+        if isinstance(source, Adapter) and (wrong := next(faults(adapter), None)):
+            raise ConfigError(f'the adapter for "{name}" can\'t be used: {wrong}.')
         modules = matching.check(self.inside, adapter, name, allow_other_base)
         if trainable:
             self._unmerged("load a trainable adapter")
@@ -205,6 +221,8 @@ class Vera:
     def _read(self, source: "str | PathLike", revision: str | None) -> Adapter:
         from pathlib import Path
 
+        if not isinstance(source, (str, PathLike)) or not os.fspath(source):
+            raise ConfigError(f"the adapter to load is {source!r}, expected a file, a folder, a hub id or an Adapter.")
         path = Path(source)
         if not path.exists() and isinstance(source, str):
             from .interop import hub
@@ -238,7 +256,12 @@ class Vera:
         self._selections.clear()
 
     def detach(self) -> nn.Module:
-        """The plain model again: classes, keys, bits and requires_grad as before attach. Unsaved adapters are gone."""
+        """The plain model again: classes, keys, bits and requires_grad as before attach. Unsaved adapters are gone.
+
+        After merge(keep=None) it is the plain merged model.
+        """
+        if self.merged is not None and self.kept is not None and self.kept.where is None:
+            self.runtime.merged = self.kept = None
         self._unmerged("detach")
         self.runtime.active = BASE
         self.inside.release()
@@ -276,26 +299,16 @@ class Vera:
 
         index: an adapter's name for each token, or, with `names`, an integer for each token: its place in names; -1 the base.
         """
-        if names is None:
-            if isinstance(index, Tensor):
-                raise ConfigError(
-                    "tokens(index) got a tensor without names=: give names=[…], the adapters that its numbers mean."
-                )
-            return self._mixed("tokens", index)
-        places = [int(i) for i in index]  # type: ignore[arg-type]
-        if wrong := [i for i in places if not -1 <= i < len(names)]:
-            raise ConfigError(f"tokens(index) holds {wrong[0]}, expected -1 to {len(names) - 1}: there are {len(names)} names.")
-        return self._mixed("tokens", [None if i < 0 else names[i] for i in places])
+        return self._mixed("tokens", token_names(index, names))
 
     def _mixed(self, kind: Any, names: Sequence[str | None]) -> contextlib.AbstractContextManager:
         self._unmerged(f"use {kind}()")
-        if isinstance(names, str):
-            raise ConfigError(f'{kind}() got the string "{names}", expected a list with a name or None for each row.')
-        key = (kind, tuple(names), self.inside.device)
+        names = row_names(kind, names)
+        key = (kind, names, self.inside.device)
         selection = self._selections.get(key)
         if selection is None:
             members = tuple(None if n is None else self.member(n) for n in names)
-            selection = Selection(kind, names=tuple(names), members=members, device=self.inside.device)
+            selection = Selection(kind, names=names, members=members, device=self.inside.device)
             self._selections[key] = selection
             if len(self._selections) > 32:
                 self._selections.popitem(last=False)
@@ -357,11 +370,22 @@ class Vera:
 
     # Checks
 
+    def _live(self) -> None:
+        if self.model.__dict__.get("_vera_handle") is not self:
+            raise StateError("this handle was detached from its model: attach(model) gives a new one.")
+
     def _new_name(self, name: str) -> None:
+        self._live()
         _checked(None, name)
         if name in self.members:
             raise StateError(f'there is an adapter "{name}" already: choose another name, or remove("{name}") first.')
 
     def _unmerged(self, what: str) -> None:
+        self._live()
+        if self.merged is not None and self.kept is not None and self.kept.where is None:
+            raise StateError(
+                f'can\'t {what}: adapter "{self.merged}" is merged for good (keep=None). detach() leaves the plain merged model; '
+                "load the base anew for other adapters."
+            )
         if self.merged is not None:
             raise StateError(f'can\'t {what}: adapter "{self.merged}" is merged into the base weights. Call unmerge() first.')

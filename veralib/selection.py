@@ -4,6 +4,7 @@ A layer asks its runtime for the current selection in every forward. Inside a ba
 checkpointing) the answer is the selection of the root forward whose gradient is flowing, since the user's `with` has ended.
 """
 
+import operator
 import threading
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 from .autograd import UnitSpec
 from .bank import Bank, Found, Layout, Member
 from .core import Plan
-from .errors import StateError
+from .errors import ConfigError, StateError
 
 CPU = torch.device("cpu")
 
@@ -139,6 +140,38 @@ class Selection:
 
 
 BASE = Selection("base")
+
+
+def row_names(kind: str, names: Any) -> tuple[str | None, ...]:
+    """What rows() or tokens() was given, checked: a name or None for each row."""
+    if isinstance(names, str):
+        raise ConfigError(f'{kind}() got the string "{names}", expected a list with a name or None for each row.')
+    try:
+        names = tuple(names)
+    except TypeError as e:
+        raise ConfigError(f"{kind}() got {names!r}, expected a list with a name or None for each row.") from e
+    if wrong := [n for n in names if n is not None and not isinstance(n, str)]:
+        raise ConfigError(f"{kind}() got {wrong[0]!r} as an adapter's name, expected a string or None.")
+    return names
+
+
+def token_names(index: Any, names: Sequence[str | None] | None) -> Any:
+    """The adapter of each token: index holds names, or, with `names`, whole numbers, the place in names or -1 for the base."""
+    if names is None:
+        if isinstance(index, Tensor):
+            raise ConfigError("tokens(index) got a tensor without names=: give names=[…], the adapters that its numbers mean.")
+        return index
+    if isinstance(index, Tensor):
+        if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
+            raise ConfigError(f"tokens(index) got a tensor of {index.dtype}, expected whole numbers: places in names.")
+        index = index.flatten().tolist()
+    try:
+        places = [operator.index(i) for i in index]
+    except TypeError as e:
+        raise ConfigError("tokens(index, names) expects a whole number for each token: its place in names, or -1.") from e
+    if wrong := [i for i in places if not -1 <= i < len(names)]:
+        raise ConfigError(f"tokens(index) holds {wrong[0]}, expected -1 to {len(names) - 1}: there are {len(names)} names.")
+    return [None if i < 0 else names[i] for i in places]
 
 
 class Runtime:

@@ -339,3 +339,13 @@ def test_a_4_bit_base_trains(llama, tmp_path, method):
     assert losses[-1] < losses[0]
     if method == "vera":
         assert veralib.load_adapter(tmp_path / "run").base.quantised == "bnb-nf4"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantise", ["4bit", "8bit"])
+def test_a_quantised_base_keeps_its_new_head_whole(bert, rows, tmp_path, quantise):
+    pytest.importorskip("bitsandbytes")
+    fields = {"quantise": quantise, "rank": 8, "lr": 0.1, "lr_head": 0.01, "epochs": 2, "plot": False}
+    result = train(Settings(model=bert, data=rows, output=tmp_path / "run", **fields))
+    head = veralib.load_adapter(tmp_path / "run").modules["classifier"]
+    assert head["weight"].dtype == torch.float32 and head["weight"].shape == (2, 32) and result.steps > 0

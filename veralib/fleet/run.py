@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -235,7 +236,8 @@ def _join() -> tuple[int, int]:
     """(rank, how many) under torchrun; (0, 1) alone."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("gloo")
+        # Owners differ in size, so one process may wait for another for hours.
+        torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))
     return int(os.environ.get("RANK", 0)), world
 
 

@@ -66,7 +66,7 @@ def _read_about(files: Files, where: str) -> dict[str, Any] | None:
         written = about["veralib_store"]
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError, OSError) as e:
+    except (ValueError, KeyError, TypeError) as e:
         raise StoreError(f"{where}/{ABOUT} can't be read: {e}. Restore it from a backup, or name another folder.") from e
     if not isinstance(written, int) or written > FORMAT:
         raise StoreError(

@@ -42,11 +42,12 @@ class CachedStore:
         if held is not None:
             version, asked, adapter = held
             now = time.monotonic()
-            if (self.check_every and now - asked < self.check_every) or self._is_current(name, version):
+            trusted = now - asked < self.check_every
+            if trusted or self._is_current(name, version):
                 with self._lock:
                     self._hits += 1
                     if self._held.get(name) is held:
-                        self._held[name] = (version, now if not self.check_every else asked, adapter)
+                        self._held[name] = (version, asked if trusted else now, adapter)
                         self._held.move_to_end(name)
                 return adapter
         return self._fetch(name)

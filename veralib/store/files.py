@@ -73,7 +73,12 @@ class LocalFiles:
             _sync(folder.parent)
 
     def read(self, path: str) -> bytes:
-        return (self.root / path).read_bytes()
+        try:
+            return (self.root / path).read_bytes()
+        except FileNotFoundError:
+            raise
+        except OSError as e:
+            raise StoreError(f"can't read {self.root / path}: {e.strerror or e}.") from e
 
     def list(self, folder: str) -> list[str]:
         try:
@@ -129,7 +134,12 @@ class RemoteFiles:
             raise StoreError(f"can't write {self.url}/{path}: {e}.") from e
 
     def read(self, path: str) -> bytes:
-        return self.fs.cat_file(f"{self.root}/{path}")
+        try:
+            return self.fs.cat_file(f"{self.root}/{path}")
+        except FileNotFoundError:
+            raise
+        except Exception as e:
+            raise StoreError(f"can't read {self.url}/{path}: {e}.") from e
 
     def list(self, folder: str) -> list[str]:
         try:
@@ -137,7 +147,13 @@ class RemoteFiles:
             return [p.rstrip("/").rpartition("/")[2] for p in self.fs.ls(f"{self.root}/{folder}", detail=False)]
         except (FileNotFoundError, NotADirectoryError):
             return []
+        except Exception as e:
+            raise StoreError(f"can't list {self.url}/{folder}: {e}.") from e
 
     def remove(self, path: str) -> None:
-        with contextlib.suppress(FileNotFoundError):
+        try:
             self.fs.rm(f"{self.root}/{path}", recursive=True)
+        except FileNotFoundError:
+            return
+        except Exception as e:
+            raise StoreError(f"can't remove {self.url}/{path}: {e}.") from e

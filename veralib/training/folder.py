@@ -54,7 +54,9 @@ def open_run(settings: Settings, folder: Path, hashes: Mapping[str, str]) -> int
             for k in sorted({*old[part], *mine[part]})
             if old[part].get(k) != mine[part].get(k)
         ]
-        if changed:
+        if changed and not any((folder / "checkpoints").glob("checkpoint-*")):
+            old = {"resumed": -1}  # it never took a step that was kept: a setting was wrong, and now it is another run
+        elif changed:
             raise StateError(
                 f"{folder} holds an interrupted run of other settings or data; start anew with resume: no (--no-resume), or name "
                 "another output folder. Different: " + "; ".join(changed[:8])

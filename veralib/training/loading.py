@@ -45,7 +45,7 @@ def load_base(settings: Settings, labels: Sequence[str] = ()) -> Base:
             options["id2label"] = dict(enumerate(labels))
             options["label2id"] = {label: i for i, label in enumerate(labels)}
     if settings.quantise:
-        options["quantization_config"] = _quantisation(settings)
+        options["quantization_config"] = _quantisation(settings, _heads_by_config(settings, auto) if classifies else None)
     check_model_name(settings.model)
     with quiet_transformers():
         try:
@@ -82,7 +82,21 @@ def check_model_name(name: str) -> None:
         raise ConfigError(f"the folder {name} holds no config.json, so it is no transformers model")
 
 
-def _quantisation(settings: Settings) -> Any:
+def _heads_by_config(settings: Settings, auto: Any) -> list[str]:
+    """The heads of the model without its weights: they start at random and train in full, so they stay unquantised."""
+    import torch
+    import transformers
+
+    check_model_name(settings.model)
+    try:
+        config = transformers.AutoConfig.from_pretrained(settings.model, revision=settings.revision)
+        with torch.device("meta"), quiet_transformers():
+            return list(head_modules(auto.from_config(config)))
+    except (OSError, ValueError) as e:
+        raise ConfigError(f'can\'t load the model "{settings.model}" for {settings.task}: {e}') from e
+
+
+def _quantisation(settings: Settings, unquantised: list[str] | None) -> Any:
     try:
         import bitsandbytes  # noqa: F401
     except ImportError as e:
@@ -91,10 +105,14 @@ def _quantisation(settings: Settings) -> Any:
     from transformers import BitsAndBytesConfig
 
     if settings.quantise == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=unquantised)
     compute = torch.float32 if settings.dtype == "auto" else getattr(torch, settings.dtype)
     return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute,
+        llm_int8_skip_modules=unquantised,
     )
 
 

@@ -128,6 +128,7 @@ def train(settings: Settings, callbacks: Sequence[Any] = ()) -> Result:
 
 def _arguments(settings: Settings, data: Data, checkpoints: Path) -> "TrainingArguments":
     """transformers' TrainingArguments for these settings; ConfigError where it refuses them."""
+    import torch
     from transformers import TrainingArguments
 
     def every(kind: str, value: Any) -> dict[str, Any]:
@@ -157,6 +158,7 @@ def _arguments(settings: Settings, data: Data, checkpoints: Path) -> "TrainingAr
         "greater_is_better": metric not in LOWER_IS_BETTER,
         "remove_unused_columns": False,
         "report_to": "none",
+        "use_cpu": not torch.accelerator.is_available(),  # or torchrun trains apart, and bf16 is refused
         "disable_tqdm": True,
         "label_names": ["labels"],
         **every("eval", settings.evaluate_every),
