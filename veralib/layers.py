@@ -253,10 +253,10 @@ def adapt(layer: str, module: nn.Module, runtime: Runtime) -> None:
     if not isinstance(module, VeraLayer):
         site = Site(layer, module, runtime)
         module.__class__ = adapted_class(type(module))
-        module._vera = site  # type: ignore[assignment]
+        module.__dict__["_vera"] = site
         if site.hooked is not None:  # accelerate replaces forward on the instance, where no class is asked
             module.__dict__["forward"] = types.MethodType(_hooked_forward, module)
-        module._vera_hook = module.register_forward_pre_hook(_no_fast_path)  # type: ignore[assignment]
+        module.__dict__["_vera_hook"] = module.register_forward_pre_hook(_no_fast_path)
 
 
 def release(module: nn.Module) -> None:

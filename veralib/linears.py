@@ -8,6 +8,7 @@ targets.py finds linears in a model, fused.py knows which rows of a fused one ar
 import copy
 import hashlib
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count
@@ -321,10 +322,32 @@ def weight_hash(module: nn.Module) -> str:
     checkpoint agree. (An fp16 copy of an fp32 checkpoint doesn't always: fp32 rounded to fp16 first may fall on the
     other side.)
     """
-    weight = module._parameters.get("weight")
-    if weight is None or not _is_plain(weight) or weight.is_meta or weight.dtype not in _MATMUL_DTYPES:
-        return ""
-    m, n = shape(module)
-    entries = weight.detach().take(_hash_positions(m, n, is_conv1d(module), weight.device)).bfloat16()
-    data = entries.view(torch.int16).cpu().numpy().astype("<i2", copy=False).tobytes()
-    return hashlib.sha256(b"%d,%d:" % (m, n) + data).hexdigest()[:16]
+    return weight_hashes([module])[0]
+
+
+def weight_hashes(modules: Sequence[nn.Module]) -> list[str]:
+    """weight_hash of each: the entries of all of them are rounded and fetched at once."""
+    entries: list[Tensor] = []
+    shapes: list[tuple[int, int] | None] = []
+    for module in modules:
+        weight = module._parameters.get("weight")
+        if weight is None or not _is_plain(weight) or weight.is_meta or weight.dtype not in _MATMUL_DTYPES:
+            shapes.append(None)
+            continue
+        m, n = shape(module)
+        shapes.append((m, n))
+        taken = weight.detach().take(_hash_positions(m, n, is_conv1d(module), weight.device))
+        entries.append(taken if weight.dtype == torch.bfloat16 else taken.bfloat16())
+    if len({t.device for t in entries}) > 1:
+        entries = [t.cpu() for t in entries]
+    data = torch.cat(entries).view(torch.int16).cpu().numpy().astype("<i2", copy=False) if entries else None
+    found, at = [], 0
+    for known in shapes:
+        if known is None:
+            found.append("")
+            continue
+        m, n = known
+        end = at + min(HASH_ENTRIES, m * n)
+        found.append(hashlib.sha256(b"%d,%d:" % (m, n) + data[at:end].tobytes()).hexdigest()[:16])  # type: ignore[index]
+        at = end
+    return found

@@ -10,7 +10,7 @@ from .adapter import Adapter, layer_of
 from .autograd import UnitSpec
 from .errors import AdapterMismatch, VeraWarning, nearest
 from .fused import parts
-from .linears import is_linear, quantisation, shape, weight_hash
+from .linears import is_linear, quantisation, shape, weight_hashes
 
 if TYPE_CHECKING:
     from .residence import Residence
@@ -36,9 +36,7 @@ def check(inside: "Residence", adapter: Adapter, name: str, allow_other_base: bo
     config = getattr(inside.model, "config", None)
     model_id = str(getattr(config, "_name_or_path", "") or "")
     same_id = _last(adapter.base.id) == _last(model_id)
-    have_hashes = {
-        layer: h for layer in adapter.base.hashes if layer in modules and (h := cached_hash(inside, layer, modules[layer]))
-    }
+    have_hashes = cached_hashes(inside, {layer: modules[layer] for layer in adapter.base.hashes if layer in modules})
     if adapter.base.hashes and have_hashes:
         wrong = [layer for layer, h in adapter.base.hashes.items() if layer in have_hashes and have_hashes[layer] != h]
         if wrong and not allow_other_base:
@@ -115,15 +113,19 @@ def quantisation_of(modules: Iterable[nn.Module]) -> str:
     return next((q for m in modules if (q := quantisation(m))), "")
 
 
-def cached_hash(inside: "Residence", layer: str, module: nn.Module) -> str:
-    """linears.weight_hash, computed once for each state of a weight; while merged, the base weight's."""
-    weight: Any = module.weight
-    known = inside.hashes.get(layer)
-    version = 0 if weight.is_inference() else weight._version
-    if known is None or (inside.runtime.merged is None and known[:2] != (id(weight), version)):
-        known = (id(weight), version, weight_hash(module))
-        inside.hashes[layer] = known
-    return known[2]
+def cached_hashes(inside: "Residence", modules: Mapping[str, nn.Module]) -> dict[str, str]:
+    """linears.weight_hash of these layers where they have one, computed once for each state of a weight; while merged, the
+    base weight's."""
+    stale: dict[str, tuple[int, int]] = {}
+    for layer, module in modules.items():
+        weight: Any = module.weight
+        state = (id(weight), 0 if weight.is_inference() else weight._version)
+        known = inside.hashes.get(layer)
+        if known is None or (inside.runtime.merged is None and known[:2] != state):
+            stale[layer] = state
+    for (layer, state), found in zip(stale.items(), weight_hashes([modules[n] for n in stale]), strict=True):
+        inside.hashes[layer] = (*state, found)
+    return {layer: h for layer in modules if (h := inside.hashes[layer][2])}
 
 
 def units(model: nn.Module, adapter: Adapter, modules: Mapping[str, nn.Module]) -> list[UnitSpec]:

@@ -117,7 +117,7 @@ class Residence:
 
     def hashes_of(self, names: Iterable[str]) -> dict[str, str]:
         """Weight hashes of these layers, cached until a weight changes; of a merged model, those of its base weights."""
-        return {n: h for n in names if (h := matching.cached_hash(self, n, self.sites[n]))}
+        return matching.cached_hashes(self, {n: self.sites[n] for n in names})
 
     def head(self, name: str, member: Member) -> nn.Module:
         """A member's own copy of a fully trained module."""
