@@ -19,6 +19,7 @@ ORDER = [
     {"fleetbank"},
     {"selection", "format", "checkpoint"},
     {"compiled", "layers"},
+    {"heads"},
     {"matching"},
     {"residence", "merging", "root"},
     {"model"},

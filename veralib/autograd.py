@@ -222,11 +222,12 @@ _memo = _BackwardMemo()
 def _rank_space(x: Tensor, unit: UnitSpec) -> Tensor:
     last = _memo.last  # held by the callback too: CUDA's backward runs in another thread than its end
     known = last.get("x")
-    if known is None or known.data_ptr() != x.data_ptr() or known.shape != x.shape or last["version"] != x._version:
+    place = (x.data_ptr(), x.shape, x.stride(), x.dtype, x._version)
+    if known is None or last["place"] != place:
         if known is None and torch._C._current_graph_task_id() >= 0:
             torch.autograd.Variable._execution_engine.queue_callback(last.clear)  # type: ignore[attr-defined]
         last.clear()
-        last["x"], last["version"] = x, x._version  # holding x keeps its memory from being another tensor's
+        last["x"], last["place"] = x, place  # holding x keeps its memory from being another tensor's
     key = (unit.basis, unit.r, x.dtype)
     if key not in last:
         last[key] = x @ unit.A(x).t()

@@ -75,6 +75,8 @@ def load(vera: "Vera", state: Mapping[str, Tensor]) -> None:
             raise AdapterMismatch(f"the checkpoint's \"{key}\" has the shape {found}, this model's {have}. {_RESUME}")
     for key, tensor in live.items():
         tensor.copy_(state[key])
+    vera._selections.clear()
+    vera.runtime.forget_vectors()
 
 
 def keep_float32(vera: "Vera") -> None:

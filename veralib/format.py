@@ -76,6 +76,11 @@ def save_adapter(adapter: Adapter, path: str | os.PathLike[str], dtype: torch.dt
     file = Path(os.fsdecode(path))
     if file.suffix != ".safetensors" or os.path.isdir(file):
         file = file / FILE_NAME
+    if (file.parent / "adapter_config.json").is_file() and file.name == FILE_NAME:
+        raise AdapterFileError(
+            f"{file.parent} is a folder that PEFT saved, and {FILE_NAME} there holds PEFT's weights: choose another path, or "
+            "write a PEFT folder with vera convert. Nothing was written."
+        )
     if wrong := list(islice(writing_faults(adapter), 4)) or list(islice(faults(adapter), 4)):
         raise AdapterFileError(f"the adapter can't be saved to {file}: {_listed(wrong)}. Nothing was written.")
     if dtype not in VECTOR_DTYPES:

@@ -1,6 +1,5 @@
 """The adapted linear: attach changes a module's class in place, so names, state_dict keys, isinstance and ties stay."""
 
-import copy
 import functools
 import types
 from collections.abc import Callable, Sequence
@@ -270,97 +269,6 @@ def release(module: nn.Module) -> None:
         module.__class__ = type(module)._vera_plain  # type: ignore[attr-defined]
 
 
-class HeadLayer:
-    """Mixed into a module that is trained in full: one copy of it for each adapter beside the base's own."""
-
-    _vera_head: "HeadSite"
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self._vera_head.forward(self, super().forward, args, kwargs)  # type: ignore[misc, arg-type]
-
-    def _apply(self, fn: Callable, recurse: bool = True) -> Any:
-        super()._apply(fn, recurse)  # type: ignore[misc]
-        for module in self._vera_head.resident.values():
-            module._apply(fn)
-        return self
-
-    def __reduce_ex__(self, protocol: Any) -> tuple:
-        return _rebuild, (type(self)._vera_plain, HeadLayer), self.__getstate__()  # type: ignore[attr-defined]
-
-
-class HeadSite:
-    """The copies of one fully trained module: trainable ones are children vera_<k>, resident ones are kept out of the tree."""
-
-    def __init__(self, name: str, runtime: Runtime) -> None:
-        self.name = name
-        self.runtime = runtime
-        self.called = False
-        self.resident: dict[int, nn.Module] = {}
-
-    def copy_of(self, module: nn.Module, member: Member | None) -> nn.Module | None:
-        """The member's copy, or None where it has none and the base's serves."""
-        if member is None:
-            return None
-        return module._modules.get(f"vera_{member.number}") or self.resident.get(member.number)
-
-    def forward(self, module: nn.Module, base: Callable, args: tuple, kwargs: dict) -> Any:
-        self.called = True
-        selection = self.runtime.current()
-        if selection.kind == "base":
-            return base(*args, **kwargs)
-        if selection.kind == "one":
-            return (self.copy_of(module, selection.member) or base)(*args, **kwargs)
-        rows: dict[Callable, list[int]] = {}
-        for i, member in enumerate(selection.members):
-            rows.setdefault(self.copy_of(module, member) or base, []).append(i)
-        if len(rows) == 1:
-            return next(iter(rows))(*args, **kwargs)
-        if selection.kind == "tokens":
-            raise StateError(f'module "{self.name}" is trained in full and can\'t be chosen per token: use vera.rows().')
-        return self._by_rows(rows, args, kwargs, selection.size)
-
-    def _by_rows(self, rows: dict[Callable, list[int]], args: tuple, kwargs: dict, size: int) -> Any:
-        out = None
-        for call, positions in rows.items():
-            index = torch.tensor(positions)
-
-            def pick(v: Any, index: Tensor = index) -> Any:
-                return v[index.to(v.device)] if isinstance(v, Tensor) and v.dim() and v.shape[0] == size else v
-
-            y = call(*[pick(a) for a in args], **{k: pick(v) for k, v in kwargs.items()})
-            if not isinstance(y, Tensor):
-                raise StateError(
-                    f'module "{self.name}" returns {type(y).__name__}, and rows() can only mix modules that return one tensor.'
-                )
-            out = y.new_zeros(size, *y.shape[1:]) if out is None else out
-            out = out.index_copy(0, index.to(y.device), y)
-        return out
-
-
-def adapt_head(name: str, module: nn.Module, runtime: Runtime) -> HeadSite:
-    """Makes a module one that can have a copy for each adapter, in place."""
-    if not isinstance(module, HeadLayer):
-        if not hasattr(HeadSite.forward, "_torchdynamo_disable"):  # not at import: it loads all of torch's compiler
-            HeadSite.forward = torch.compiler.disable(HeadSite.forward)  # type: ignore[method-assign]
-        module.__class__ = adapted_class(type(module), HeadLayer)
-        module.__dict__["_vera_head"] = HeadSite(name, runtime)
-    return module.__dict__["_vera_head"]
-
-
-def plain_copy(module: nn.Module) -> nn.Module:
-    """A copy of a head's base module, without any adapter's copies."""
-    copied = copy.copy(module)
-    copied.__dict__ = {k: v for k, v in module.__dict__.items() if k != "_vera_head"}
-    copied._modules = {k: v for k, v in module._modules.items() if not k.startswith("vera_")}
-    if isinstance(module, HeadLayer):
-        copied.__class__ = type(module)._vera_plain  # type: ignore[attr-defined]
-    return copy.deepcopy(copied)
-
-
-def release_head(module: nn.Module) -> None:
-    """The plain module again."""
-    if isinstance(module, HeadLayer):
-        for name in [n for n in module._modules if n.startswith("vera_")]:  # type: ignore[attr-defined]
-            del module._modules[name]  # type: ignore[attr-defined]
-        del module.__dict__["_vera_head"]
-        module.__class__ = type(module)._vera_plain  # type: ignore[attr-defined]
+def is_own_key(key: str) -> bool:
+    """Whether a state_dict key is an adapter's: vera_0_d, vera_0_q_b, vera_0.weight."""
+    return any(part.startswith("vera_") and part[5:6].isdigit() for part in key.split("."))

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from . import layers
 from .adapter import Adapter, layer_of
 from .autograd import UnitSpec
 from .errors import AdapterMismatch, VeraWarning, nearest
@@ -159,7 +160,7 @@ def heads(model: nn.Module, adapter: Adapter) -> dict[str, nn.Module]:
                 f'the adapter carries a fully trained module "{name}", which this base model has not: load the model by the '
                 "class it was trained with (AutoModelForSequenceClassification, say)."
             ) from None
-        have = {k: tuple(t.shape) for k, t in module.state_dict().items() if not _own_key(k)}
+        have = {k: tuple(t.shape) for k, t in module.state_dict().items() if not layers.is_own_key(k)}
         want = {k: tuple(t.shape) for k, t in state.items()}
         if have != want:
             key = next(k for k in [*want, *have] if have.get(k) != want.get(k))
@@ -169,7 +170,3 @@ def heads(model: nn.Module, adapter: Adapter) -> dict[str, nn.Module]:
             )
         found[name] = module
     return found
-
-
-def _own_key(key: str) -> bool:
-    return any(part.startswith("vera_") and part[5:].isdigit() for part in key.split("."))

@@ -1,6 +1,7 @@
 """merge: W0 + ΔW written into the base weights; unmerge: the old bits from a copy, since subtraction wouldn't give them."""
 
 import os
+import shutil
 import tempfile
 import warnings
 from collections.abc import Mapping
@@ -10,10 +11,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from . import layers
 from .bank import Member
 from .core import delta_weight
 from .errors import ConfigError, StateError, VeraWarning
+from .heads import plain_copy
 from .linears import quantisation, read_weight, restore, snapshot, write_weight
 
 if TYPE_CHECKING:
@@ -53,7 +54,22 @@ class Kept:
     weights: dict[str, Any]
     biases: dict[str, Tensor | None]
     heads: dict[str, dict[str, Tensor]]
-    file: str = ""
+    folder: str = ""
+
+    def forget(self) -> None:
+        """Removes what lies on the disk."""
+        if self.folder:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder = ""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy or a pickle holds the weights itself: the files are removed by whoever made them."""
+        state = {**self.__dict__}
+        if self.folder:
+            inner = Kept("disk", {}, {}, {}, self.folder)
+            _from_disk(inner)
+            state |= {"where": "cpu", "weights": inner.weights, "biases": inner.biases, "heads": inner.heads, "folder": ""}
+        return state
 
 
 def merge(vera: "Vera", member: Member, keep: Keep) -> MergeReport:
@@ -69,12 +85,14 @@ def merge(vera: "Vera", member: Member, keep: Keep) -> MergeReport:
     inner, norm, rest = (torch.zeros((), dtype=torch.float64) for _ in range(3))
     shares = {}
     try:
+        if keep == "disk":
+            _to_disk(kept, vera, member, names)
         for name in names:
             module = vera.inside.sites[name]
-            kept.weights[name] = snapshot(module, None if keep == "device" else "cpu")
-            if name in member.biases:
-                bias = module.bias
-                kept.biases[name] = bias.detach().clone() if isinstance(bias, Tensor) else None
+            if keep != "disk":
+                kept.weights[name] = snapshot(module, None if keep == "device" else "cpu")
+                if name in member.biases:
+                    kept.biases[name] = _bias_of(module)
             if name in member.layout.by_layer:
                 along, size, off = _write_delta(module, member, name)
                 inner, norm, rest = inner + along, norm + size, rest + off
@@ -83,14 +101,16 @@ def merge(vera: "Vera", member: Member, keep: Keep) -> MergeReport:
                 _set_bias(module, member.biases[name])
         for head in member.heads:
             module = vera.inside.heads[head]
-            kept.heads[head] = {k: v.detach().clone() for k, v in layers.plain_copy(module).state_dict().items()}
+            if keep != "disk":
+                kept.heads[head] = _state_of(module)
             _load_plain(module, vera.inside.head(head, member).state_dict())
     except BaseException:
+        if kept.folder:
+            _from_disk(kept)
         _put_back(vera, kept)
+        kept.forget()
         raise
-    if keep == "disk":
-        _to_disk(kept)
-    elif keep is None:
+    if keep is None:
         kept.weights, kept.biases, kept.heads = {}, {}, {}
     vera.kept = kept
     vera.runtime.merged = member.name
@@ -119,9 +139,10 @@ def unmerge(vera: "Vera") -> None:
             f'"{vera.merged}" was merged with keep=None, so the old weights are gone: load the base model again, and merge '
             'with keep="cpu" next time.'
         )
-    if kept.where == "disk":
+    if kept.folder:
         _from_disk(kept)
     _put_back(vera, kept)
+    kept.forget()
     vera.kept = None
     vera.runtime.merged = None
 
@@ -130,9 +151,14 @@ def switch(vera: "Vera", member: Member) -> MergeReport:
     """Unmerges what is merged, then merges another, keeping the weights where they were kept."""
     keep: Keep = "cpu"
     if vera.kept is not None:
-        keep = vera.kept.where
+        keep, before = vera.kept.where, vera.member(vera.merged)
         _refuse_ties(vera, member)
         unmerge(vera)
+        try:
+            return merge(vera, member, keep)
+        except BaseException:
+            merge(vera, before, keep)
+            raise
     return merge(vera, member, keep)
 
 
@@ -192,27 +218,54 @@ def _put_back(vera: "Vera", kept: Kept) -> None:
         _load_plain(vera.inside.heads[head], state)
 
 
-def _to_disk(kept: Kept) -> None:
-    handle, kept.file = tempfile.mkstemp(prefix="veralib-merge-", suffix=".pt")
-    with os.fdopen(handle, "wb") as f:
-        torch.save((kept.weights, kept.biases, kept.heads), f)
-    kept.weights, kept.biases, kept.heads = {}, {}, {}
+def _bias_of(module: nn.Module) -> Tensor | None:
+    return module.bias.detach().clone() if isinstance(module.bias, Tensor) else None
+
+
+def _state_of(head: nn.Module) -> dict[str, Tensor]:
+    return {k: v.detach().clone() for k, v in plain_copy(head).state_dict().items()}
+
+
+def _to_disk(kept: Kept, vera: "Vera", member: Member, names: list[str]) -> None:
+    """Every old weight in a file of its own, before the first is changed: one at a time in memory."""
+    kept.folder = tempfile.mkdtemp(prefix="veralib-merge-")
+    try:
+        for i, name in enumerate(names):
+            module = vera.inside.sites[name]
+            bias = {name: _bias_of(module)} if name in member.biases else {}
+            torch.save(("weight", name, snapshot(module, "cpu"), bias), os.path.join(kept.folder, f"{i:06d}"))
+        for i, head in enumerate(member.heads, len(names)):
+            torch.save(("head", head, _state_of(vera.inside.heads[head]), {}), os.path.join(kept.folder, f"{i:06d}"))
+    except (OSError, RuntimeError) as e:  # torch's writer raises RuntimeError on a full disk
+        kept.forget()
+        raise StateError(
+            f'the old weights can\'t be kept on the disk: {e}. Nothing was merged; free space, or keep="cpu".'
+        ) from e
 
 
 def _from_disk(kept: Kept) -> None:
     try:
-        kept.weights, kept.biases, kept.heads = torch.load(kept.file, weights_only=False)
+        for file in sorted(os.listdir(kept.folder)):
+            kind, name, saved, bias = torch.load(os.path.join(kept.folder, file), weights_only=False)
+            if kind == "head":
+                kept.heads[name] = saved
+            else:
+                kept.weights[name] = saved
+                kept.biases |= bias
     except OSError as e:
-        raise StateError(f"the weights kept in {kept.file} can't be read ({e}): load the base model again.") from e
-    os.unlink(kept.file)
+        raise StateError(f"the weights kept in {kept.folder} can't be read ({e}): load the base model again.") from e
 
 
 def _refuse_ties(vera: "Vera", member: Member) -> None:
     """A tied weight is two layers': ΔW would change both."""
     adapted = {id(vera.inside.sites[n].weight): n for n in member.layout.by_layer}
+    own = {n: {id(vera.inside.sites[n])} for n in member.layout.by_layer}
+    for head in member.heads:  # a head is written over as a whole
+        adapted |= {id(p): head for p in vera.inside.heads[head].parameters()}
+        own[head] = {id(m) for m in vera.inside.heads[head].modules()}
     for name, module in vera.model.named_modules(remove_duplicate=True):
         for key, p in module._parameters.items():
-            if p is not None and id(p) in adapted and module is not vera.inside.sites[adapted[id(p)]]:
+            if p is not None and id(p) in adapted and id(module) not in own[adapted[id(p)]]:
                 raise StateError(
                     f'the weight of "{adapted[id(p)]}" is tied to "{name}.{key}": merging would change both. Leave that layer '
                     "out of the targets, or serve the adapter unmerged."

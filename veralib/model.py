@@ -47,7 +47,7 @@ def attach(model: nn.Module, config: Any = None, name: str = "default") -> "Vera
         )
     if inside := [n for n, m in model.named_modules() if "_vera_handle" in m.__dict__]:
         raise StateError(f'"{inside[0]}" inside this model is attached already: detach it first, or use its own handle.')
-    config = _checked(config, name)
+    config = _checked(config, name, model)
     vera = Vera(model)
     if config is not None:
         try:
@@ -69,7 +69,7 @@ def handle(model: nn.Module) -> "Vera":
     return inner.__dict__["_vera_handle"]
 
 
-def _checked(config: Any, name: str) -> VeraConfig | None:
+def _checked(config: Any, name: str, model: nn.Module | None = None) -> VeraConfig | None:
     if not isinstance(name, str) or not name:
         raise ConfigError(f"an adapter's name is {name!r}, expected a string that isn't empty.")
     if config is None or isinstance(config, VeraConfig):
@@ -77,7 +77,7 @@ def _checked(config: Any, name: str) -> VeraConfig | None:
     if type(config).__name__ == "VeraConfig" and type(config).__module__.startswith("peft."):
         from .interop.peft import config_from_peft
 
-        return config_from_peft(config)
+        return config_from_peft(config, model)
     raise ConfigError(f"config is a {type(config).__name__}, expected a veralib.VeraConfig or a peft.VeraConfig.")
 
 
@@ -166,7 +166,7 @@ class Vera:
 
     def add(self, config: Any, name: str) -> "Vera":
         """A fresh trainable adapter beside the others; what is active stays active."""
-        config = _checked(config, name)
+        config = _checked(config, name, self.model)
         if config is None:
             raise ConfigError("add() needs a VeraConfig.")
         self._unmerged("add an adapter")
@@ -180,7 +180,7 @@ class Vera:
         """A Fleet: room for `slots` owners that train at once, each row of a batch one owner's. Its add(names) lets them in."""
         from .fleet import fleet
 
-        checked = _checked(config, "fleet")
+        checked = _checked(config, "fleet", self.model)
         if checked is None:
             raise ConfigError("fleet() needs a VeraConfig.")
         self._unmerged("make a fleet")

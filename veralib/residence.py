@@ -16,6 +16,7 @@ from .basis import Basis, layer_id_of
 from .config import VeraConfig
 from .errors import ConfigError, VeraWarning, unknown_name
 from .fleetbank import FleetBank
+from .heads import adapt_head, plain_copy, release_head
 from .linears import shape
 from .selection import Runtime, Selection
 from .targets import Target, find_targets
@@ -46,6 +47,7 @@ class Residence:
         first = next((p for p in module.parameters() if p.device.type != "meta"), None)
         return torch.device("cpu") if first is None else first.device
 
+    @torch.inference_mode(False)
     def fresh(self, config: VeraConfig, name: str) -> Member:
         """A trainable member with vectors at their start."""
         targets = [t for t in find_targets(self.model, config) if not _OWN.search(t.layer)]
@@ -57,6 +59,7 @@ class Residence:
             self._add_head(module, member)
         return self._enter(member)
 
+    @torch.inference_mode(False)  # a chunk made inside inference_mode could never be written to outside
     def from_adapter(self, adapter: Adapter, name: str, trainable: bool, modules: Mapping[str, nn.Module]) -> Member:
         """A member with an adapter's vectors; modules: its layers, as matching.check found them."""
         layout = self._layout_of(adapter, modules)
@@ -75,6 +78,7 @@ class Residence:
             self._add_head(module, member, adapter.modules[head])
         return self._enter(member)
 
+    @torch.inference_mode(False)
     def fleet_bank(self, config: VeraConfig, slots: int, dtype: torch.dtype) -> FleetBank:
         """The tables of a fleet, nobody in them, the layers that it adapts ready."""
         targets = [t for t in find_targets(self.model, config) if not _OWN.search(t.layer)]
@@ -106,7 +110,7 @@ class Residence:
         for module in self.sites.values():
             layers.release(module)
         for module in self.heads.values():
-            layers.release_head(module)
+            release_head(module)
 
     def move(self) -> None:
         """Resident adapters follow the model to its device."""
@@ -151,7 +155,7 @@ class Residence:
                 self.sites[layer] = module
         for head, module in heads.items():
             if head not in self.heads:
-                layers.adapt_head(head, module, self.runtime)
+                adapt_head(head, module, self.runtime)
                 self.heads[head] = module
 
     def _layout(self, units: Sequence[UnitSpec]) -> Layout:
@@ -206,9 +210,14 @@ class Residence:
         return found
 
     def _add_head(self, module: nn.Module, member: Member, state: Mapping[str, Tensor] | None = None) -> None:
-        copied = layers.plain_copy(module)
+        copied = plain_copy(module)
+        offloaded = any(p.is_meta for p in copied.parameters())
+        if offloaded and state is None:
+            raise ConfigError("the module to train in full is offloaded: load the base model onto one device to train its head.")
         if state is not None:
-            copied.load_state_dict(dict(state))
+            copied.load_state_dict({k: t.clone() for k, t in state.items()} if offloaded else dict(state), assign=offloaded)
+        if offloaded:
+            copied.to(getattr(getattr(module, "_hf_hook", None), "execution_device", None) or self.device)
         if member.trainable:
             copied.requires_grad_(True)
             module.add_module(f"vera_{member.number}", copied)

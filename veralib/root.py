@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from . import checkpoint
 from .errors import StateError, VeraWarning
+from .layers import is_own_key
 from .selection import Selection
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class VeraRoot:
         if state_dict and not mine.keys() & state_dict.keys() and checkpoint.holds_vectors(state_dict):
             checkpoint.load(self._vera_handle, state_dict)
             return _IncompatibleKeys([], [])
-        own = {k: v for k, v in mine.items() if _is_own(k) and k not in state_dict}
+        own = {k: v for k, v in mine.items() if is_own_key(k) and k not in state_dict}
         return super().load_state_dict({**state_dict, **own}, strict=strict, assign=assign)  # type: ignore[misc]
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -67,7 +68,7 @@ class VeraPreTrained(VeraRoot):
             if args[0] if args else kwargs.get("is_main_process", True):
                 checkpoint.save(vera, Path(save_directory))
             return None
-        state = {k: v for k, v in (state_dict or super().state_dict()).items() if not _is_own(k)}  # type: ignore[misc]
+        state = {k: v for k, v in (state_dict or super().state_dict()).items() if not is_own_key(k)}  # type: ignore[misc]
         with _as_plain(self):
             return self.save_pretrained(save_directory, *args, state_dict=state, **kwargs)
 
@@ -104,9 +105,10 @@ def _root_class(plain: Any) -> Any:
     mixin: Any = VeraRoot
     if hasattr(plain, "save_pretrained") and hasattr(plain, "config_class"):
         mixin = VeraGenerative if hasattr(plain, "generate") else VeraPreTrained
-    return type(
+    _classes[plain] = type(
         plain.__name__, (mixin, plain), {"_vera_plain_root": plain, "__module__": plain.__module__, "__doc__": plain.__doc__}
     )
+    return _classes[plain]
 
 
 def adopt(model: nn.Module, vera: "Vera") -> None:
@@ -157,18 +159,13 @@ def _after_root(model: Any, args: Any, output: Any) -> None:
                 leaf.register_hook(lambda g, s=selection, r=vera.runtime: r.note_backward(s))
 
 
-def _is_own(key: str) -> bool:
-    """Whether a state_dict key is an adapter's: vera_0_d, vera_0_q_b, vera_0.weight."""
-    return any(part.startswith("vera_") and part[5:6].isdigit() for part in key.split("."))
-
-
 @contextlib.contextmanager
 def _as_plain(model: Any):
     """transformers sees neither an adapter nor its children while it writes a merged model."""
     vera = model._vera_handle
     flag = model.__dict__.pop("_hf_peft_config_loaded", None)
-    aside = [(head, n, head._modules.pop(n)) for head in vera.inside.heads.values() for n in list(head._modules) if _is_own(n)]
-    parameters = [(m, n, m._parameters.pop(n)) for m in vera.inside.sites.values() for n in list(m._parameters) if _is_own(n)]
+    aside = [(head, n, head._modules.pop(n)) for head in vera.inside.heads.values() for n in list(head._modules) if is_own_key(n)]
+    parameters = [(m, n, m._parameters.pop(n)) for m in vera.inside.sites.values() for n in list(m._parameters) if is_own_key(n)]
     cls = model.__class__
     model.__class__ = cls._vera_plain_root
     try:
@@ -240,7 +237,7 @@ class Reference(nn.Module):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The base's own tensors: TRL names its cache of reference log-probabilities by their hash."""
-        return {k: v for k, v in self.__dict__["inner"].state_dict(*args, **kwargs).items() if not _is_own(k)}
+        return {k: v for k, v in self.__dict__["inner"].state_dict(*args, **kwargs).items() if not is_own_key(k)}
 
 
 _unwatched: "weakref.WeakSet[Any]" = weakref.WeakSet()

@@ -97,6 +97,7 @@ class Selection:
             self._cache["groups"] = tuple(self._group(*key, rows) for key, rows in by_layout.items())
         return self._cache["groups"]
 
+    @torch.inference_mode(False)  # autograd couldn't save an index made inside it
     def _group(self, layout: Layout, fleet: Bank | None, rows: list[int]) -> Group:
         # Resident members first: their vectors come from the bank in one gather, the trainable ones' are stacked behind.
         distinct = sorted(dict.fromkeys(self.members[i] for i in rows), key=lambda m: m.trainable)  # type: ignore[union-attr]
@@ -123,6 +124,7 @@ class Selection:
             self._cache[key] = tuple(self._bucket(pairs) for pairs in parts.values())
         return self._cache[key]
 
+    @torch.inference_mode(False)
     def _bucket(self, pairs: list[tuple[UnitSpec, Group]]) -> Bucket:
         groups = tuple(g for _, g in pairs)
         key = ("rows", *map(id, groups))
@@ -184,6 +186,7 @@ class Runtime:
         self._local = threading.local()
         self._record: tuple[int, set[Selection]] | None = None
         self._last_seen: Selection | None = None
+        self._written = 0
 
     def __getstate__(self) -> dict:
         return {"active": self.active, "merged": self.merged, "plan": self.plan}
@@ -285,8 +288,8 @@ class Runtime:
             d, b = (v.to(dtype) for v in stacked_vectors(bucket))
         else:
             local, selection = self._local, self.current()
-            if getattr(local, "kept_for", None) is not selection:
-                local.kept_for, local.kept = selection, {}
+            if getattr(local, "kept_for", None) is not selection or local.kept_at != self._written:
+                local.kept_for, local.kept_at, local.kept = selection, self._written, {}
             key = (layer, bucket.units[0].unit, bucket.units[0].basis, dtype)
             if key not in local.kept:
                 local.kept[key] = tuple(v.to(dtype) for v in stacked_vectors(bucket))
@@ -294,6 +297,10 @@ class Runtime:
         if not bucket.own:
             d, b = d.index_select(0, bucket.index), b.index_select(0, bucket.index)
         return d[:, None], b[:, None]
+
+    def forget_vectors(self) -> None:
+        """Resident vectors were written: what any thread kept of them is stale."""
+        self._written += 1
 
     def clear_memo(self) -> None:
         self._local.x, self._local.memo = None, {}

@@ -78,6 +78,10 @@ def find_targets(model: nn.Module, config: VeraConfig) -> list[Target]:
         chosen = view.by_expression(wanted)
     else:
         chosen = view.by_names(wanted)
+    if config.layers is not None:
+        if not config.layers:
+            raise ConfigError("layers is empty: name the blocks to adapt, or leave it None for all of them.")
+        chosen = _in_layers(chosen, config.layers)
     if not chosen:
         raise ConfigError(
             f"targets leave no linear of {type(model).__name__} to adapt: what they name is an output head "
@@ -86,8 +90,6 @@ def find_targets(model: nn.Module, config: VeraConfig) -> list[Target]:
     whole = {name for name, part in chosen if not part}
     if both := sorted(name for name, part in chosen if part and name in whole):
         raise ConfigError(f'targets name "{both[0]}" both whole and in parts; an output row has one b. Leave one of the two out.')
-    if config.layers is not None:
-        chosen = _in_layers(chosen, config.layers)
     return [_target(view, name, part, config) for name, part in sorted(chosen, key=view.order)]
 
 
