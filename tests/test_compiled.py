@@ -6,7 +6,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.conftest import randomise, tiny_llama, tokens
 from tests.test_model import logits, three_adapters
-from veralib import StateError, VeraConfig, attach
+from veralib import VeraConfig, attach
 
 
 @pytest.fixture(autouse=True)
@@ -48,9 +48,21 @@ def test_compiled_training_step_has_the_eager_gradients():
     assert (gradients(True) - eager).norm() < 1e-4 * eager.norm()
 
 
-def test_compiled_training_with_rows_raises():
-    model = tiny_llama(num_hidden_layers=1)
-    vera = attach(model, VeraConfig(rank=8, targets=["q_proj"]))
-    compiled = torch.compile(model, backend="aot_eager")
-    with vera.rows(["default", None]), pytest.raises(StateError, match="uncompiled"):
-        compiled(input_ids=tokens(2), labels=tokens(2)).loss.backward()
+@pytest.mark.parametrize("context", ["rows", "using"])
+def test_compiled_training_inside_rows_and_using_is_what_it_is_without_compiling(context):
+    gradients = []
+    for compile_it in (False, True):
+        model = tiny_llama(num_hidden_layers=1)
+        vera = attach(model, VeraConfig(rank=8, targets=["q_proj"]), name="a")
+        vera.add(VeraConfig(rank=8, targets=["q_proj"], seed=1), name="b")
+        for seed, name in enumerate("ab"):
+            randomise(vera, name, seed)
+        run = torch.compile(model, backend="aot_eager") if compile_it else model
+        with vera.rows(["b", None]) if context == "rows" else vera.using("b"):
+            run(input_ids=tokens(2), labels=tokens(2)).loss.backward()
+        gradients.append([p.grad for name in "ab" for p in vera.parameter_groups(name=name)[0]["params"]])
+    assert all(g is None for g in gradients[0][:2]) and gradients[0][3] is not None
+    for eager, compiled in zip(*gradients, strict=True):
+        assert (eager is None) == (compiled is None)
+        if eager is not None:
+            torch.testing.assert_close(compiled, eager)

@@ -138,10 +138,90 @@ def test_a_merged_copy_is_independent():
     vera = attach(model, VeraConfig(rank=8, targets=["q_proj"]))
     randomise(vera, "default")
     other = copy.deepcopy(model)
+    before = model.model.layers[0].self_attn.q_proj.weight.clone()
     vera.merge()
     from veralib import handle
 
-    assert handle(other).merged is None and torch.equal(other.lm_head.weight, model.lm_head.weight)
+    assert handle(other).merged is None and torch.equal(other.model.layers[0].self_attn.q_proj.weight, before)
+    assert not torch.equal(model.model.layers[0].self_attn.q_proj.weight, before)
+
+
+def test_a_full_disk_while_merging_to_disk_changes_nothing(monkeypatch, tmp_path):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    model = tiny_llama()
+    vera = attach(model, VeraConfig(rank=8, targets="all-linear"))
+    randomise(vera, "default")
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    calls = []
+
+    def full(*_):
+        calls.append(1)
+        if len(calls) == 5:
+            raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as m:
+        m.setattr(torch, "save", full)
+        with pytest.raises(StateError, match="Nothing was merged"):
+            vera.merge(keep="disk")
+    assert vera.merged is None and not list(tmp_path.iterdir())
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    vera.merge(keep="disk")
+    twin = copy.deepcopy(model)
+    for each in (model, twin):  # each has the old weights, whoever asks first
+        handle_of(each).unmerge()
+        assert all(torch.equal(v, before[k]) for k, v in each.state_dict().items())
+    assert not list(tmp_path.iterdir())
+
+
+def handle_of(model):
+    from veralib import handle
+
+    return handle(model)
+
+
+def test_merging_a_tied_head_is_refused():
+    model = tiny_gpt2()
+    vera = attach(model, VeraConfig(rank=4, targets=["c_fc"], train_modules=["lm_head"]))
+    with torch.no_grad():
+        vera.inside.head("lm_head", vera.member("default")).weight.add_(1.0)
+    with pytest.raises(StateError, match="tied"):
+        vera.merge()
+
+
+def test_no_merge_and_no_removal_while_rows_run():
+    model = tiny_llama()
+    vera = attach(model, VeraConfig(rank=4, targets=["q_proj"]), name="a")
+    vera.add(VeraConfig(rank=4, targets=["q_proj"]), name="b")
+    with vera.rows(["a", None]):
+        with pytest.raises(StateError, match="hasn't ended"):
+            vera.merge("b")
+        with pytest.raises(StateError, match="hasn't ended"):
+            vera.remove("a")
+        vera.remove("b")
+    vera.remove("a")
+
+
+def test_a_switch_that_fails_keeps_what_was_merged(monkeypatch):
+    from veralib import merging
+
+    model = tiny_llama()
+    vera = attach(model, VeraConfig(rank=4, targets=["q_proj"]), name="a")
+    vera.add(VeraConfig(rank=4, targets=["q_proj"], seed=1), name="b")
+    for name in "ab":
+        randomise(vera, name)
+    vera.merge("a")
+    merged = model.model.layers[0].self_attn.q_proj.weight.clone()
+    write = merging._write_delta
+
+    def broken(module, member, name):
+        if member.name == "b":
+            raise MemoryError
+        return write(module, member, name)
+
+    monkeypatch.setattr(merging, "_write_delta", broken)
+    with pytest.raises(MemoryError):
+        vera.switch_merged("b")
+    assert vera.merged == "a" and torch.equal(model.model.layers[0].self_attn.q_proj.weight, merged)
 
 
 def test_merged_for_good_detaches_to_the_plain_merged_model():

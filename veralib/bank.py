@@ -89,6 +89,11 @@ class Bank:
         self.row(slot).copy_(row)
         return slot
 
+    @property
+    def capacity(self) -> int:
+        """Slots, taken and free."""
+        return len(self.chunks) * self.chunk_rows
+
     def drop(self, slot: int) -> None:
         self.free.append(slot)
 

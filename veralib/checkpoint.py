@@ -1,14 +1,16 @@
 """What a Trainer checkpoint of a model with adapters holds, and how it comes back."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .errors import AdapterMismatch, StateError
+from .errors import AdapterFileError, AdapterMismatch, StateError
 from .format import CHECKPOINT_NAME, SEVERAL, save_adapter
 
 if TYPE_CHECKING:
@@ -44,14 +46,23 @@ def save(vera: "Vera", folder: Path) -> None:
     members = _saved_members(vera)
     if not members:
         raise StateError("there is no adapter to save: merge one to write the whole model, or detach() to write the plain one.")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise AdapterFileError(f"can't write to {folder}: {e.strerror or e}. Choose another folder.") from e
     if len(members) == 1:
         save_adapter(vera.adapter(members[0].name), folder / CHECKPOINT_NAME)
         return
     tensors = {k: t.detach().to("cpu", copy=True).contiguous() for k, t in _tensors(vera).items()}
     part = folder / f"{CHECKPOINT_NAME}.part"
-    save_file(tensors, part, metadata={"format": "pt", SEVERAL: ", ".join(m.name for m in members)})
-    part.replace(folder / CHECKPOINT_NAME)
+    try:
+        save_file(tensors, part, metadata={"format": "pt", SEVERAL: ", ".join(m.name for m in members)})
+        with open(part, "rb") as f:
+            os.fsync(f.fileno())
+        part.replace(folder / CHECKPOINT_NAME)
+    except (OSError, SafetensorError) as e:
+        part.unlink(missing_ok=True)
+        raise AdapterFileError(f"can't write {folder / CHECKPOINT_NAME}: {e}. What was there before is unchanged.") from e
 
 
 def holds_vectors(state: Mapping[str, Any]) -> bool:

@@ -18,6 +18,11 @@ from .errors import StateError
 if TYPE_CHECKING:
     from .layers import Site
 
+_TRAINS_USED = (
+    "a compiled model trains the adapter that use() chose: inside rows(), tokens() or using() call it under torch.no_grad(), "
+    "or call the uncompiled model."
+)
+_BIASES = "this adapter replaces biases (PEFT's bias='vera_only'), which a compiled model can't: call the uncompiled model."
 _numbers = itertools.count()
 _sites: "weakref.WeakValueDictionary[int, Site]" = weakref.WeakValueDictionary()
 
@@ -29,14 +34,22 @@ def register(site: "Site") -> int:
     return number
 
 
-def forward(site: "Site", h: Tensor, x: Tensor) -> Tensor:
-    """What a compiled layer does with the base's output h."""
+def forward(site: "Site", h: Tensor, x: Tensor, training: bool) -> Tensor:
+    """What a compiled layer does with the base's output h. StateError for what a graph can't do."""
     low = x.to(h.dtype)
     if not torch.is_grad_enabled():
         torch.ops.veralib.adapt_(h, low, site.number)
         return h
+    if site.runtime.overrides:
+        raise StateError(_TRAINS_USED)
     member = site.runtime.active.member
-    if member is None or site.layer not in member.layout.by_layer:
+    if member is None or site.runtime.merged is not None:
+        return h
+    if member.config.dropout and training:
+        raise StateError("a compiled model draws no dropout: set the adapter's dropout to 0, or train the uncompiled model.")
+    if site.layer in member.biases:
+        raise StateError(_BIASES)
+    if site.layer not in member.layout.by_layer:
         return h
     vectors = member.tensors(member.layout.by_layer[site.layer])
     return h + torch.ops.veralib.trained_delta(low, vectors, site.number, h.shape[-1])[0]
@@ -49,6 +62,8 @@ def adapt_(h: Tensor, x: Tensor, site: int) -> None:
     selection = place.runtime.current()
     if selection.kind == "base":
         return
+    if any(place.layer in m.biases for m in selection.distinct):
+        raise StateError(_BIASES)
     if selection.kind != "one":
         place.check_rows(x, selection)
         out = h.view(selection.size, -1, place.m)
@@ -73,7 +88,7 @@ def trained_delta(x: Tensor, vectors: list[Tensor], site: int, m: int) -> list[T
     place = _sites[site]
     selection = place.runtime.current()
     if selection.kind != "one":
-        raise StateError("a compiled model trains the adapter that use() chose; call the uncompiled model to train with rows().")
+        raise StateError(_TRAINS_USED)
     layout = selection.member.layout  # type: ignore[union-attr]
     which, firsts = layout.one_basis[place.layer]
     flat = x.reshape(-1, place.n)

@@ -157,13 +157,14 @@ class Site:
             if bucket.everyone and not isinstance(part, Tensor) and out.dtype == y.dtype:
                 (out if part is None else out[:, :, part]).addcmul_(y, b)
                 return out
-            y.mul_(b)
+            y = y.mul_(b).to(out.dtype)
         else:
             d, b = stacked_vectors(bucket)
             whole = part is None and bucket.everyone and out.dtype == u.dtype
             y = MixedDelta.apply(out if whole else None, u, d, b, bucket.index, widest.B(u))
             if whole:
                 return y
+            y = y.to(out.dtype)
         if isinstance(part, Tensor):  # an interleaved part: spread over all outputs
             y = y.new_zeros(*y.shape[:-1], self.m).index_add(2, part.to(y.device), y)
         elif part is not None:
@@ -202,9 +203,10 @@ class VeraLayer:
 
     _vera: Site
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Any = None, *args: Any, **kwargs: Any) -> Tensor:
+        x = kwargs.pop("input") if x is None else x  # nn.Linear's name of it
         if torch.compiler.is_compiling():
-            return compiled.forward(self._vera, super().forward(x), x)  # type: ignore[misc]
+            return compiled.forward(self._vera, super().forward(x), x, self.training)  # type: ignore[misc, attr-defined]
         return self._vera.forward(self, super().forward, x)  # type: ignore[misc, arg-type]
 
     def _apply(self, fn: Callable, recurse: bool = True) -> Any:

@@ -1,5 +1,6 @@
 """Is this adapter for this base model? By its layers' names, shapes and a hash of their weights."""
 
+import os
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -36,7 +37,7 @@ def check(inside: "Residence", adapter: Adapter, name: str, allow_other_base: bo
             )
     config = getattr(inside.model, "config", None)
     model_id = str(getattr(config, "_name_or_path", "") or "")
-    same_id = _last(adapter.base.id) == _last(model_id)
+    same_id = _same_id(adapter.base.id, model_id)
     have_hashes = cached_hashes(inside, {layer: modules[layer] for layer in adapter.base.hashes if layer in modules})
     if adapter.base.hashes and have_hashes:
         wrong = [layer for layer, h in adapter.base.hashes.items() if layer in have_hashes and have_hashes[layer] != h]
@@ -103,6 +104,12 @@ def _trained_on(adapter: Adapter) -> str:
         return "Load the base model it was trained on, or train a new adapter."
     revision = f' at revision "{adapter.base.revision}"' if adapter.base.revision else ""
     return f'The adapter was trained on "{adapter.base.id}"{revision}: load that model, or train a new adapter.'
+
+
+def _same_id(one: str, other: str) -> bool:
+    """Hub ids are compared whole, folders by their last part: they lie elsewhere on every machine."""
+    is_hub = [i.count("/") == 1 and i[0] not in "./~" and not os.path.isdir(i) for i in (one, other)]
+    return one == other if all(is_hub) else _last(one) == _last(other)
 
 
 def _last(model_id: str) -> str:

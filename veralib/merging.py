@@ -78,6 +78,8 @@ def merge(vera: "Vera", member: Member, keep: Keep) -> MergeReport:
         raise StateError(f'adapter "{vera.merged}" is merged already: call unmerge(), or switch_merged("{member.name}").')
     if keep not in ("cpu", "device", "disk", None):
         raise ConfigError(f'keep is {keep!r}, expected "cpu", "device", "disk" or None.')
+    if vera.runtime.overrides:
+        raise StateError("a rows(), tokens() or using() hasn't ended: merging would change the weights under its rows.")
     _refuse_ties(vera, member)
     names = list(dict.fromkeys([*member.layout.by_layer, *member.biases]))
     vera.inside.hashes_of(vera.inside.sites)  # of the base weights: load() compares with these while merged

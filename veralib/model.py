@@ -171,8 +171,9 @@ class Vera:
             raise ConfigError("add() needs a VeraConfig.")
         self._unmerged("add an adapter")
         self._new_name(name)
-        self.inside.fresh(config, name)
-        self._selections.clear()
+        with self.runtime.lock:
+            self.inside.fresh(config, name)
+            self._selections.clear()
         root.watch_learning_rate(self)
         return self
 
@@ -214,8 +215,10 @@ class Vera:
         modules = matching.check(self.inside, adapter, name, allow_other_base)
         if trainable:
             self._unmerged("load a trainable adapter")
-        self.inside.from_adapter(adapter, name, trainable, modules)
-        self._selections.clear()
+        with self.runtime.lock:
+            self._new_name(name)
+            self.inside.from_adapter(adapter, name, trainable, modules)
+            self._selections.clear()
         return self
 
     def _read(self, source: "str | PathLike", revision: str | None) -> Adapter:
@@ -250,10 +253,15 @@ class Vera:
         self.member(name)
         if self.merged == name:
             raise StateError(f'adapter "{name}" is merged into the base weights: call unmerge() first.')
+        if self.runtime.in_use(self.member(name)):
+            raise StateError(
+                f'adapter "{name}" is in use by a rows(), tokens() or using() that hasn\'t ended: remove it after that.'
+            )
         if self.active == name:
             self.runtime.active = BASE
-        self.inside.remove(name)
-        self._selections.clear()
+        with self.runtime.lock:
+            self.inside.remove(name)
+            self._selections.clear()
 
     def detach(self) -> nn.Module:
         """The plain model again: classes, keys, bits and requires_grad as before attach. Unsaved adapters are gone.

@@ -21,6 +21,7 @@ from .linears import shape
 from .selection import Runtime, Selection
 from .targets import Target, find_targets
 
+EMPTY_BANKS = 4
 _OWN = re.compile(r"(^|\.)vera_\d+(\.|$)")
 
 
@@ -102,6 +103,14 @@ class Residence:
             module._modules.pop(f"vera_{member.number}", None)
         if member.bank is not None:
             member.bank.drop(member.slot)
+            self._drop_empty_banks()
+
+    def _drop_empty_banks(self) -> None:
+        """A few stay, for the next adapter of that layout; the oldest go, their layouts with them."""
+        empty = [layout for layout, bank in self.banks.items() if len(bank.free) == bank.capacity]
+        for layout in empty[:-EMPTY_BANKS]:
+            del self.banks[layout]
+            self.layouts = {key: known for key, known in self.layouts.items() if known is not layout}
 
     def release(self) -> None:
         """Every adapted module the plain one again."""

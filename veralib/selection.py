@@ -187,6 +187,11 @@ class Runtime:
         self._record: tuple[int, set[Selection]] | None = None
         self._last_seen: Selection | None = None
         self._written = 0
+        self.lock = threading.RLock()
+        """Held while an adapter comes or goes."""
+        self._in_force: list[Selection] = []
+        self.overrides = 0
+        """How many rows(), tokens() and using() haven't ended, over all threads."""
 
     def __getstate__(self) -> dict:
         return {"active": self.active, "merged": self.merged, "plan": self.plan}
@@ -227,7 +232,14 @@ class Runtime:
         """Called by the root output's gradient hook: from here on this selection's layers may be recomputed."""
         task = torch._C._current_graph_task_id()
         if self._record is None or self._record[0] != task:
-            self._record = (task, set())
+            record: tuple[int, set[Selection]] = (task, set())
+            self._record = record
+
+            def end() -> None:
+                if self._record is record:
+                    self._record = None
+
+            torch.autograd.Variable._execution_engine.queue_callback(end)  # type: ignore[attr-defined]
         self._record[1].add(selection)
 
     @contextmanager
@@ -235,11 +247,22 @@ class Runtime:
         """The selection of this thread inside the `with`."""
         stack = self._stack()
         depth = len(stack)
+        with self.lock:
+            self._in_force.append(selection)
+            self.overrides = len(self._in_force)
         stack.append(selection)
         try:
             yield
         finally:
             del stack[depth:]
+            with self.lock:
+                self._in_force.remove(selection)
+                self.overrides = len(self._in_force)
+
+    def in_use(self, member: Member) -> bool:
+        """Whether a rows(), tokens() or using() that hasn't ended names the adapter."""
+        with self.lock:
+            return any(member in s.distinct for s in self._in_force)
 
     def _stack(self) -> list[Selection]:
         if not hasattr(self._local, "stack"):
@@ -275,6 +298,10 @@ class Runtime:
             return {}
         if getattr(local, "x", None) is not x or local.version != x._version:
             local.x, local.version, local.memo = x, x._version, {}
+            if torch._C._current_graph_task_id() >= 0:  # a checkpoint's recomputation: no forward of the root clears it
+                mine = local.__dict__  # this thread's: on a GPU the callback runs in another
+                end = lambda: mine.update(x=None, memo=None)  # noqa: E731
+                torch.autograd.Variable._execution_engine.queue_callback(end)  # type: ignore[attr-defined]
         return local.memo
 
     # What the last mixed selection without gradients multiplies by: a decode loop asks for the same hundreds of times.

@@ -529,3 +529,28 @@ def test_seed_decides_where_no_projection_is_saved(tmp_path):
 def test_adapter_from_peft_names_where_it_read():
     with pytest.raises(AdapterFileError, match=r"^here: r is None"):
         adapter_from_peft({"peft_type": "VERA"}, {}, "here")
+
+
+def test_attach_takes_from_the_model_what_peft_would():
+    import peft
+
+    from tests.conftest import tiny_bert, tiny_gpt2
+
+    vera = attach(tiny_bert(), peft.VeraConfig(r=4, target_modules=["query"], task_type="SEQ_CLS"))
+    assert vera.member(None).heads == ("classifier",)
+    units = [u.unit for u in attach(tiny_gpt2(), peft.VeraConfig(r=4)).member(None).layout.units]
+    assert units == [n for n, _ in tiny_gpt2().named_modules() if n.endswith("c_attn")]
+
+
+def test_saving_over_a_folder_of_pefts_is_refused(tmp_path):
+    import peft
+
+    from tests.conftest import tiny_bert
+
+    peft.get_peft_model(tiny_bert(), peft.VeraConfig(r=4, target_modules=["query"])).save_pretrained(tmp_path)
+    before = (tmp_path / "adapter_model.safetensors").read_bytes()
+    vera = attach(tiny_bert(), VeraConfig(rank=4, targets=["query"]))
+    randomise(vera, "default")
+    with pytest.raises(AdapterFileError, match="PEFT saved"):
+        vera.save(tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").read_bytes() == before
