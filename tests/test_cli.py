@@ -252,3 +252,8 @@ def test_a_wrong_setting_doesnt_lock_the_output_folder(work, tmp_path):
     assert "qery" in plain(vera("train", *flags, "--targets", "qery", code=1))
     vera("train", *flags, "--targets", "query", "--set", "training.bf16=true")  # on a processor, too
     assert (tmp_path / "run" / "result.json").exists()
+
+
+def test_params_reads_targets_as_train_does(work):
+    flags = ("params", "--model", work / "bert", "--rank", 8, "--targets")
+    assert vera(*flags, ".*(query|value)") == vera(*flags, "query,value")

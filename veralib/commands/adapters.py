@@ -67,7 +67,7 @@ def convert(
 
     Examples:
 
-        vera convert peft_folder adapter.safetensors --to veralib
+        vera convert peft_folder adapter.safetensors --to veralib --model base_folder
 
         vera convert run lora_folder --to lora --energy 0.99
     """

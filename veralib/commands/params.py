@@ -1,5 +1,7 @@
 """vera params: what an adapter would cost, without loading a weight."""
 
+import re
+
 from typer import Option
 
 from .shared import human_bytes, table
@@ -8,7 +10,9 @@ from .shared import human_bytes, table
 def params(
     model: str = Option(..., help="Folder, config.json or hub id; or roberta-base, roberta-large, gpt-3 (paper, Table 1)."),
     rank: int = Option(256, min=1, help="VeRA's rank."),
-    targets: str = Option(None, help='Linears to adapt: names with commas, or "all-linear". Left out: query and value.'),
+    targets: str = Option(
+        None, help='Linears to adapt: names with commas, a regular expression, or "all-linear". Left out: query and value.'
+    ),
     lora_ranks: str = Option("1,8,16", help="LoRA's ranks to compare with."),
     dtype: str = Option("float32", help="Type of the stored numbers: float32, bfloat16 or float16."),
     layers: bool = Option(False, "--layers", help="List the adapted layers too."),
@@ -29,7 +33,9 @@ def params(
         ranks = [int(r) for r in lora_ranks.split(",") if r.strip()]
     except ValueError as e:
         raise ConfigError(f"lora-ranks is {lora_ranks!r}, expected whole numbers with commas, such as 1,8") from e
-    chosen = tuple(t.strip() for t in targets.split(",")) if targets and targets != "all-linear" else targets
+    # As vera train reads them: anything that isn't names with commas is one regular expression.
+    names = targets and targets != "all-linear" and re.fullmatch(r"[\w.:, -]+", targets)
+    chosen = tuple(t.strip() for t in targets.split(",")) if names else targets
     found = budget(model, VeraConfig(rank=rank, targets=chosen), ranks, dtype)
     if layers:
         table("adapted layers", ("layer", "outputs m", "inputs n"), ((k, str(m), str(n)) for k, (m, n) in found.layers.items()))
