@@ -42,7 +42,7 @@ SETTINGS = [
     Setting("llama-16x256", "llama", 16, 256, (1024, 256, 64), 5, time_goals=(1.35, 1.10, 0.90)),
     Setting("llama-4x256", "llama", 4, 256, (1024, 256), 9, time_goals=(2.1, 1.20)),
     Setting("roberta-32x128", "roberta", 32, 128, (1024,), 5, time_goals=(1.05,)),
-    Setting("llama-bf16", "llama", 2, 256, (1024, 256), 2, precision="bf16", saved_goal=1.0),
+    Setting("llama-bf16", "llama", 1, 128, (1024, 256), 2, precision="bf16", saved_goal=1.0),
     Setting("llama-autocast", "llama", 1, 128, (1024, 256), 2, precision="autocast", saved_goal=1.0),
 ]
 QUICK = [
