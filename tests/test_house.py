@@ -12,7 +12,7 @@ ROOT = Path(veralib.__file__).parent
 # Modules of one line may import each other; otherwise imports run from a later line to an earlier one.
 ORDER = [
     {"errors", "container"},
-    {"basis"},
+    {"basis", "products"},
     {"config", "linears", "core", "fused"},
     {"adapter", "autograd", "targets", "budget"},
     {"bank", "checks"},

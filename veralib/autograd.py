@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .basis import Basis
+from .products import add_product, product
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,11 @@ def _take(g: Tensor, rows: slice | Tensor | None) -> Tensor:
 def _add_product(out: Tensor, rows: slice | Tensor | None, left: Tensor, right: Tensor) -> None:
     """out[:, rows] += left @ right, in place."""
     if rows is None:
-        out.addmm_(left, right)
+        add_product(out, left, right)
     elif isinstance(rows, slice):
-        out[:, rows].addmm_(left, right)
+        add_product(out[:, rows], left, right)
     else:
-        out.index_add_(1, rows.to(out.device), left @ right)
+        out.index_add_(1, rows.to(out.device), product(left, right))
 
 
 def add_delta(out: Tensor, u: Tensor, unit: UnitSpec, d: Tensor, b: Tensor) -> None:
@@ -132,7 +133,7 @@ def _base(h: Tensor | None, x: Tensor | None, W: Tensor | None, bias: Tensor | N
 
 
 def _base_gradient(ctx: Any, g: Tensor, W: Tensor | None, x_at: int) -> Tensor | None:
-    return (g @ W.to(g.dtype)).to(ctx.x_dtype) if W is not None and ctx.needs_input_grad[x_at] else None
+    return product(g, W.to(g.dtype)).to(ctx.x_dtype) if W is not None and ctx.needs_input_grad[x_at] else None
 
 
 def _add_into(out: Tensor, rows: slice | Tensor | None, left: Tensor, right: Tensor) -> None:
@@ -140,7 +141,7 @@ def _add_into(out: Tensor, rows: slice | Tensor | None, left: Tensor, right: Ten
     if left.dtype == out.dtype:
         _add_product(out, rows, left, right)
     else:
-        out[:, slice(None) if rows is None else rows] += (left @ right).to(out.dtype)
+        out[:, slice(None) if rows is None else rows] += product(left, right).to(out.dtype)
 
 
 class Factored(Function):
@@ -189,9 +190,9 @@ def _factored_backward(units, which, tensors, n_us, g, needs_u, needs) -> list[T
         gp, u = _take(g, unit.rows), us[which[k]]
         if needs_u:
             C = unit.C(d, b, gp)
-            grad_us[which[k]] = gp @ C if grad_us[which[k]] is None else grad_us[which[k]].addmm_(gp, C)
+            grad_us[which[k]] = product(gp, C) if grad_us[which[k]] is None else add_product(grad_us[which[k]], gp, C)
         unit_needs = (needs[2 * k], needs[2 * k + 1])
-        grads += _vector_gradients(unit, gp.t() @ u, d, b, unit_needs) if any(unit_needs) else [None, None]
+        grads += _vector_gradients(unit, product(gp.t(), u), d, b, unit_needs) if any(unit_needs) else [None, None]
     return grad_us + grads
 
 
@@ -204,7 +205,7 @@ def _dense_backward(units, vectors, x, g, tokens_first, needs) -> list[Tensor | 
             grads += [None, None]
             continue
         gp = _take(g, unit.rows)
-        P = gp.t() @ _rank_space(x, unit) if tokens_first else (gp.t() @ x) @ unit.A(x).t()
+        P = product(gp.t(), _rank_space(x, unit)) if tokens_first else product(product(gp.t(), x), unit.A(x).t())
         grads += _vector_gradients(unit, P, vectors[2 * k], vectors[2 * k + 1], unit_needs)
     return grads
 
@@ -230,7 +231,7 @@ def _rank_space(x: Tensor, unit: UnitSpec) -> Tensor:
         last["x"], last["place"] = x, place  # holding x keeps its memory from being another tensor's
     key = (unit.basis, unit.r, x.dtype)
     if key not in last:
-        last[key] = x @ unit.A(x).t()
+        last[key] = product(x, unit.A(x).t())
     return last[key]
 
 
@@ -293,13 +294,13 @@ class Apart(Function):
         if ctx.needs_input_grad[1]:
             for k, unit in enumerate(ctx.units):
                 gp, dW = _take(low, unit.rows), _delta(unit, vectors, k, x)
-                gx = gp @ dW if gx is None else gx.addmm_(gp, dW)
+                gx = product(gp, dW) if gx is None else add_product(gx, gp, dW)
         grads = _dense_backward(ctx.units, vectors, x, low, ctx.tokens_first, ctx.needs_input_grad[6:])
         return (g if ctx.needs_input_grad[0] else None, gx, None, None, None, None, *grads)
 
 
 def _delta(unit: UnitSpec, vectors: Sequence[Tensor], k: int, like: Tensor) -> Tensor:
-    return unit.C(vectors[2 * k], vectors[2 * k + 1], like) @ unit.A(like)
+    return product(unit.C(vectors[2 * k], vectors[2 * k + 1], like), unit.A(like))
 
 
 class MixedDelta(Function):
@@ -312,7 +313,7 @@ class MixedDelta(Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor | None, u: Tensor, d: Tensor, b: Tensor, index: Tensor, B: Tensor) -> Tensor:
         ctx.save_for_backward(u, d, b, index, B)
-        y = F.linear(u * d[index].to(u.dtype)[:, None], B)
+        y = product(u * d[index].to(u.dtype)[:, None], B.t())
         b_rows = b[index].to(u.dtype)[:, None]
         return y.mul_(b_rows) if h is None else torch.addcmul(h, y, b_rows)
 
@@ -324,11 +325,11 @@ class MixedDelta(Function):
         d_rows, b_rows = d[index].to(u.dtype)[:, None], b[index].to(u.dtype)[:, None]
         gu = gd = gb = None
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            gdu = (g * b_rows) @ B
+            gdu = product(g * b_rows, B)
             if ctx.needs_input_grad[2]:
                 gd = torch.zeros_like(d).index_add_(0, index, (gdu * u).sum(1, dtype=d.dtype))
             gu = gdu.mul_(d_rows) if ctx.needs_input_grad[1] else None
         if ctx.needs_input_grad[3]:
-            y = F.linear(u * d_rows, B)
+            y = product(u * d_rows, B.t())
             gb = torch.zeros_like(b).index_add_(0, index, y.mul_(g).sum(1, dtype=b.dtype))
         return grad_h if ctx.needs_input_grad[0] else None, gu, gd, gb, None, None

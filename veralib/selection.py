@@ -20,6 +20,7 @@ from .autograd import UnitSpec
 from .bank import Bank, Found, Layout, Member
 from .core import Plan
 from .errors import ConfigError, StateError
+from .products import apply_frozen
 
 CPU = torch.device("cpu")
 
@@ -280,7 +281,7 @@ class Runtime:
         key = (unit.basis, unit.r, flat.dtype, flat.dim(), None if rows is None else id(rows), torch.is_grad_enabled())
         memo = self._memo(x)
         if key not in memo:
-            memo[key] = F.linear(flat if rows is None else flat.index_select(0, rows), unit.A(flat))
+            memo[key] = apply_frozen(flat if rows is None else flat.index_select(0, rows), unit.A(flat))
         return memo[key]
 
     def cast(self, x: Tensor, flat: Tensor, dtype: torch.dtype) -> Tensor:
