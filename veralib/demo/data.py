@@ -44,7 +44,7 @@ class Sentence:
     @property
     def split(self) -> Split:
         """By the object's name alone: all sentences of one object are in one split."""
-        place = _fraction("split", self.object)
+        place = fraction("split", self.object)
         return next(split for split, end in SPLITS.items() if place < end)
 
 
@@ -101,7 +101,7 @@ def load_data(library: Path | None = None, packages: int = PACKAGES) -> Data:
     kept: dict[str, Sentence] = {}
     for s in (s for name in names for s in _sample(found[name])):
         text = mask(s.text)
-        kept.setdefault(_letters(text), Sentence(text, s.package, s.object))  # two sentences may be one once they are masked
+        kept.setdefault(letters(text), Sentence(text, s.package, s.object))  # two sentences may be one once they are masked
     return Data(names, tuple(kept.values()))
 
 
@@ -142,20 +142,20 @@ def _all_sentences(folder: Path) -> Iterator[Sentence]:
             tree = ast.parse(path.read_bytes())
         except (SyntaxError, ValueError, OSError):
             continue
-        for name, doc in _documented(tree, ".".join(parts).removesuffix(".__init__")):
+        for name, doc in documented(tree, ".".join(parts).removesuffix(".__init__")):
             for text in sentences_of(doc):
                 yield Sentence(text, package, name)
 
 
-def _documented(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
+def documented(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
     """(qualified name, documentation string) of a module and of every class and function in it."""
     if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and (doc := ast.get_docstring(node)):
         yield name, doc
     for child in ast.iter_child_nodes(node):
         if isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            yield from _documented(child, f"{name}.{child.name}")
+            yield from documented(child, f"{name}.{child.name}")
         elif isinstance(child, ast.stmt):
-            yield from _documented(child, name)
+            yield from documented(child, name)
 
 
 def _without_repeats(sentences: Iterator[Sentence]) -> Mapping[str, list[Sentence]]:
@@ -163,7 +163,7 @@ def _without_repeats(sentences: Iterator[Sentence]) -> Mapping[str, list[Sentenc
     first: dict[str, Sentence] = {}
     shared = set()
     for s in sentences:
-        key = _letters(s.text)
+        key = letters(s.text)
         if first.setdefault(key, s).package != s.package:
             shared.add(key)
     found = defaultdict(list)
@@ -173,16 +173,17 @@ def _without_repeats(sentences: Iterator[Sentence]) -> Mapping[str, list[Sentenc
     return found
 
 
-def _letters(text: str) -> str:
+def letters(text: str) -> str:
+    """The text without all but its letters, in lower case: what is compared to find repeats."""
     return "".join(c for c in text.lower() if c.isalpha())
 
 
 def _sample(sentences: list[Sentence]) -> list[Sentence]:
     """The first SENTENCES by a hash of the object's name: another hash than the split's, which would fill one split alone."""
-    return sorted(sentences, key=lambda s: (_fraction("sample", s.object), s.object, s.text))[:SENTENCES]
+    return sorted(sentences, key=lambda s: (fraction("sample", s.object), s.object, s.text))[:SENTENCES]
 
 
-def _fraction(use: str, name: str) -> float:
+def fraction(use: str, name: str) -> float:
     """A number from 0 to 1 that depends on the name alone."""
     return int.from_bytes(hashlib.sha256(f"{use}:{name}".encode()).digest()[:6], "big") / 2**48
 

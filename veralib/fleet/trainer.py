@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..adapter import Adapter
@@ -14,7 +13,8 @@ from ..errors import ConfigError
 from ..training.tokens import collator
 from .batches import Example, Order, OwnerData, choose
 from .fleet import Fleet
-from .loss import owner_loss, owner_losses
+from .loss import owner_loss
+from .measure import logits_of, mean_losses, on_device
 from .optimizer import FleetAdamW
 
 
@@ -155,7 +155,7 @@ class FleetTrainer:
             owners += [order.data.name] * len(rows)
         batch = self._batch(examples)
         with self.fleet.vera.rows(owners):
-            logits = self._logits(batch)
+            logits = logits_of(self.model, batch)
         owner_loss(logits, batch["labels"], owners).mul(self.optimizer.loss_scale or 1.0).backward()
         report = self.optimizer.step()
         self.optimizer.zero_grad()
@@ -206,41 +206,17 @@ class FleetTrainer:
             self.fleet.remove(name)
             yield result, adapter
 
-    @torch.no_grad()
-    def held_out_losses(self, names: Sequence[str], adapters: Mapping[str, str | None] | None = None) -> dict[str, float]:
-        """Each owner's mean loss a token over its held-out rows (its training rows where it has none), in mixed batches.
-
-        adapters: owner -> the adapter to measure on its rows, where it isn't its own; None is the base model.
-        """
-        rows = [(n, e) for n in names for e in self._held(n)]
-        rows.sort(key=lambda pair: len(pair[1]["input_ids"]))
-        sums, counts = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0)
-        for k in range(0, len(rows), self.plan.batch_rows):
-            part = rows[k : k + self.plan.batch_rows]
-            owners = [n for n, _ in part]
-            batch = self._batch([e for _, e in part], count=False)
-            with self.fleet.vera.rows([adapters[n] if adapters else n for n in owners]):
-                logits = self._logits(batch)
-            labelled = {n: 0 for n in owners}
-            for n, e in part:
-                labelled[n] += sum(t != -100 for t in e["labels"][1:])
-            for n, loss in owner_losses(logits, batch["labels"], owners, dict.fromkeys(owners, 1)).items():
-                sums[n] += float(loss)
-                counts[n] += labelled[n]
-        return {n: sums[n] / max(1, counts[n]) for n in names}
+    def held_out_losses(self, names: Sequence[str]) -> dict[str, float]:
+        """Each owner's mean loss a token over its held-out rows (its training rows where it has none), in mixed batches."""
+        return mean_losses(self.fleet.vera, {n: self._held(n) for n in names}, self.collate, self.plan.batch_rows)
 
     def _held(self, name: str) -> Sequence[Example]:
         data = self.running[name].order.data
         return data.validation or data.train
 
-    def _batch(self, examples: Sequence[Example], count: bool = True) -> dict[str, Tensor]:
+    def _batch(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         batch = self.collate(examples)  # type: ignore[arg-type]
-        if count:
-            real = int(batch["attention_mask"].sum())
-            self.tokens += real
-            self.padding += batch["attention_mask"].numel() - real
-        device = self.fleet.vera.inside.device
-        return {k: v.to(device, non_blocking=True) for k, v in batch.items()}
-
-    def _logits(self, batch: Mapping[str, Tensor]) -> Tensor:
-        return self.model(**{k: v for k, v in batch.items() if k != "labels"}).logits
+        real = int(batch["attention_mask"].sum())
+        self.tokens += real
+        self.padding += batch["attention_mask"].numel() - real
+        return on_device(self.fleet.vera, batch)
