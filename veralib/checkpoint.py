@@ -36,7 +36,7 @@ def _tensors(vera: "Vera") -> dict[str, Tensor]:
             for vector, letter in zip(member.vectors(unit.unit), "db", strict=True):
                 out[f"{prefix}{unit.unit}.{letter}"] = vector
         for head in member.heads:
-            state = vera.inside.head(head, member).state_dict()
+            state = vera.inside.head_state(head, member)
             out |= {f"{prefix}module.{head}.{key}": tensor for key, tensor in state.items()}
     return out
 

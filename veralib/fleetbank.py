@@ -1,18 +1,22 @@
 """The storage of a fleet: one table with a slot for each owner that trains now, and one of the same size for gradients."""
 
+from collections.abc import Mapping
+from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from .bank import Bank, Layout
 from .errors import StateError
 
+GONE = "an owner was removed and its slot given to another between forward and backward: do that after it."
+
 
 class FleetBank(Bank):
-    """A fixed number of slots, each one owner's d and b in a flat row.
+    """A fixed number of slots, each one owner's d and b in a flat row, and behind them its heads' parameters.
 
     Gradients are no Parameters' .grad: a layer's backward adds the gradients of the owners in the batch to their rows of
     `gradients` and notes in `touched` that they had one. Whoever has no row in a batch is neither read nor written.
@@ -20,10 +24,25 @@ class FleetBank(Bank):
 
     trains = True
 
-    def __init__(self, layout: Layout, device: torch.device, slots: int, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        device: torch.device,
+        slots: int,
+        dtype: torch.dtype = torch.float32,
+        heads: Mapping[str, nn.Module] | None = None,
+    ) -> None:
         super().__init__(layout, device)
         self.slots = self.chunk_rows = slots
-        self.chunks = [torch.zeros(slots, layout.size, device=device, dtype=dtype)]
+        self.heads: dict[str, dict[str, tuple[int, torch.Size]]] = {}
+        """Module trained in full -> its parameters -> (first column, shape)."""
+        self.width = layout.size
+        for head, module in (heads or {}).items():
+            places = self.heads[head] = {}
+            for name, parameter in module.named_parameters():
+                places[name] = self.width, parameter.shape
+                self.width += parameter.numel()
+        self.chunks = [torch.zeros(slots, self.width, device=device, dtype=dtype)]
         self.gradients = torch.zeros_like(self.chunks[0])
         self.touched: set[int] = set()
         self.generation = [0] * slots
@@ -69,6 +88,14 @@ class FleetBank(Bank):
         """d (K, r) and b (K, m) of these slots, with a backward that adds to `gradients`. index: the slots as a tensor."""
         return _Take.apply(self._anchor, self, slots, index, start, middle, end)
 
+    def head_parameters(self, slot: int, head: str) -> dict[str, Tensor]:
+        """An owner's parameters of one head; their gradient goes into `gradients`."""
+        places = self.heads[head]
+        start = min(at for at, _ in places.values())
+        end = max(at + prod(shape) for at, shape in places.values())
+        flat = _TakeRow.apply(self._anchor, self, slot, start, end)
+        return {name: flat[at - start : at - start + prod(shape)].view(shape) for name, (at, shape) in places.items()}
+
     @property
     def bytes(self) -> int:
         return super().bytes + self.gradients.numel() * self.gradients.element_size()
@@ -91,10 +118,29 @@ class _Take(Function):
     def backward(ctx: Any, grad_d: Tensor | None, grad_b: Tensor | None) -> tuple:
         bank, (index,), (start, middle, end) = ctx.bank, ctx.saved_tensors, ctx.columns
         if ctx.generation != [bank.generation[s] for s in ctx.slots]:
-            raise StateError("an owner was removed and its slot given to another between forward and backward: do that after it.")
+            raise StateError(GONE)
         if grad_d is not None:
             bank.gradients[:, start:middle].index_add_(0, index, grad_d)
         if grad_b is not None:
             bank.gradients[:, middle:end].index_add_(0, index, grad_b)
         bank.touched.update(ctx.slots)
         return (None,) * 7
+
+
+class _TakeRow(Function):
+    """Some columns of one row, (end - start,); the gradient goes where _Take's goes."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, bank: FleetBank, slot: int, start: int, end: int) -> Tensor:
+        ctx.bank, ctx.slot, ctx.columns, ctx.generation = bank, slot, (start, end), bank.generation[slot]
+        return bank.table[slot, start:end].clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        bank, slot = ctx.bank, ctx.slot
+        if ctx.generation != bank.generation[slot]:
+            raise StateError(GONE)
+        bank.gradients[slot, slice(*ctx.columns)] += grad
+        bank.touched.add(slot)
+        return (None,) * 5

@@ -1,15 +1,18 @@
 """Modules that are trained in full, classification heads above all: one copy for each adapter beside the base's own."""
 
 import copy
+import functools
 import types
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from .bank import Member
 from .errors import StateError
+from .fleetbank import FleetBank
 from .layers import VeraLayer, _rebuild, adapted_class, is_own_key, release
 from .selection import Runtime
 
@@ -38,8 +41,14 @@ class HeadLayer:
         return _rebuild, (type(self)._vera_plain, HeadLayer), self.__getstate__()  # type: ignore[attr-defined]
 
 
+TEMPLATE = -1
+
+
 class HeadSite:
-    """The copies of one fully trained module: trainable ones are children vera_<k>, resident ones are kept out of the tree."""
+    """The copies of one fully trained module: trainable ones are children vera_<k>, resident ones are kept out of the tree.
+
+    A fleet's owners have theirs in the fleet's table: one more resident copy, TEMPLATE, runs with the parameters of each.
+    """
 
     def __init__(self, name: str, runtime: Runtime) -> None:
         self.name = name
@@ -49,10 +58,34 @@ class HeadSite:
         self.resident: dict[int, nn.Module] = {}
 
     def copy_of(self, module: nn.Module, member: Member | None) -> nn.Module | None:
-        """The member's copy, or None where it has none and the base's serves."""
+        """The member's copy, or None where it has none, or has it in a fleet's table."""
         if member is None:
             return None
         return module._modules.get(f"vera_{member.number}") or self.resident.get(member.number)
+
+    def state_of(self, module: nn.Module, member: Member) -> dict[str, Tensor]:
+        """The member's copy as a state_dict."""
+        if self._in_fleet(member):
+            with torch.no_grad():
+                own = member.bank.head_parameters(member.slot, self.name)  # type: ignore[union-attr]
+            return {**self.resident[TEMPLATE].state_dict(), **own}
+        copied = self.copy_of(module, member)
+        assert copied is not None
+        return copied.state_dict()
+
+    def _in_fleet(self, member: Member) -> bool:
+        return isinstance(member.bank, FleetBank) and self.name in member.bank.heads
+
+    def _call_of(self, module: nn.Module, member: Member | None, base: Callable) -> Callable:
+        if member is not None and self._in_fleet(member):
+            return functools.partial(self._fleet_forward, member)
+        return self.copy_of(module, member) or base
+
+    def _fleet_forward(self, member: Member, *args: Any, **kwargs: Any) -> Any:
+        template = self.resident[TEMPLATE]
+        own = member.bank.head_parameters(member.slot, self.name)  # type: ignore[union-attr]
+        like = dict(template.named_parameters())
+        return functional_call(template, {k: t.to(like[k].dtype) for k, t in own.items()}, args, kwargs, tie_weights=False)
 
     def forward(self, module: nn.Module, base: Callable, args: tuple, kwargs: dict) -> Any:
         self.called = True
@@ -60,10 +93,11 @@ class HeadSite:
         if selection.kind == "base":
             return base(*args, **kwargs)
         if selection.kind == "one":
-            return (self.copy_of(module, selection.member) or base)(*args, **kwargs)
+            return self._call_of(module, selection.member, base)(*args, **kwargs)
+        calls: dict[Member | None, Callable] = {m: self._call_of(module, m, base) for m in dict.fromkeys(selection.members)}
         rows: dict[Callable, list[int]] = {}
         for i, member in enumerate(selection.members):
-            rows.setdefault(self.copy_of(module, member) or base, []).append(i)
+            rows.setdefault(calls[member], []).append(i)
         if len(rows) == 1:
             return next(iter(rows))(*args, **kwargs)
         if selection.kind == "tokens":

@@ -105,7 +105,7 @@ def merge(vera: "Vera", member: Member, keep: Keep) -> MergeReport:
             module = vera.inside.heads[head]
             if keep != "disk":
                 kept.heads[head] = _state_of(module)
-            _load_plain(module, vera.inside.head(head, member).state_dict())
+            _load_plain(module, vera.inside.head_state(head, member))
     except BaseException:
         if kept.folder:
             _from_disk(kept)

@@ -138,8 +138,7 @@ class Vera:
             vectors[unit.unit] = (d.detach().to("cpu", copy=True), b.detach().to("cpu", copy=True))
         names = list(dict.fromkeys([*member.layout.by_layer, *member.biases]))
         modules = {
-            n: {k: t.detach().to("cpu", copy=True) for k, t in self.inside.head(n, member).state_dict().items()}
-            for n in member.heads
+            n: {k: t.detach().to("cpu", copy=True) for k, t in self.inside.head_state(n, member).items()} for n in member.heads
         }
         basis = next(iter(member.layout.units)).basis.shared()
         own = {u.unit: u.basis.layer_id for u in member.layout.units if u.basis.layer_id}

@@ -16,7 +16,7 @@ from .basis import Basis, layer_id_of
 from .config import VeraConfig
 from .errors import ConfigError, VeraWarning, unknown_name
 from .fleetbank import FleetBank
-from .heads import adapt_head, plain_copy, release_head
+from .heads import TEMPLATE, adapt_head, plain_copy, release_head
 from .linears import shape
 from .selection import Runtime, Selection
 from .targets import Target, find_targets
@@ -83,14 +83,19 @@ class Residence:
     def fleet_bank(self, config: VeraConfig, slots: int, dtype: torch.dtype) -> FleetBank:
         """The tables of a fleet, nobody in them, the layers that it adapts ready."""
         targets = [t for t in find_targets(self.model, config) if not _OWN.search(t.layer)]
-        bank = FleetBank(self._layout(_units(targets, config)), self.device, slots, dtype)
-        self._adapt({t.layer: t.module for t in targets}, {})
+        heads = self._find_heads(config)
+        if any(p.is_meta for module in heads.values() for p in module.parameters()):
+            raise ConfigError("the module to train in full is offloaded: load the base model onto one device to train its head.")
+        self._adapt({t.layer: t.module for t in targets}, heads)
+        templates = {name: self._template(module) for name, module in heads.items()}
+        bank = FleetBank(self._layout(_units(targets, config)), self.device, slots, dtype, templates)
         self.fleets.append(bank)
         return bank
 
     def enter_fleet(self, name: str, config: VeraConfig, bank: FleetBank, row: Tensor) -> Member:
         """A member in a slot of a fleet's table."""
-        return self._enter(Member(name, config, bank.layout, self._next, bank=bank, slot=bank.put(row)))
+        slot = bank.put(row)
+        return self._enter(Member(name, config, bank.layout, self._next, bank=bank, slot=slot, heads=tuple(bank.heads)))
 
     def remove(self, name: str) -> None:
         """Takes one member out of memory."""
@@ -131,6 +136,11 @@ class Residence:
     def hashes_of(self, names: Iterable[str]) -> dict[str, str]:
         """Weight hashes of these layers, cached until a weight changes; of a merged model, those of its base weights."""
         return matching.cached_hashes(self, {n: self.sites[n] for n in names})
+
+    def head_state(self, name: str, member: Member) -> dict[str, Tensor]:
+        """The state_dict of a member's own copy of a fully trained module."""
+        module = self.heads[name]
+        return module._vera_head.state_of(module, member)  # type: ignore[union-attr, operator]
 
     def head(self, name: str, member: Member) -> nn.Module:
         """A member's own copy of a fully trained module."""
@@ -217,6 +227,12 @@ class Residence:
         if adapted:
             raise ConfigError(f'"{adapted[0]}" is adapted by another adapter and can\'t be trained in full too.')
         return found
+
+    def _template(self, module: nn.Module) -> nn.Module:
+        """The copy of a head that runs with the parameters of a fleet's owners."""
+        template = plain_copy(module).requires_grad_(False)
+        module._vera_head.resident[TEMPLATE] = template  # type: ignore[union-attr, operator, index, assignment]
+        return template
 
     def _add_head(self, module: nn.Module, member: Member, state: Mapping[str, Tensor] | None = None) -> None:
         copied = plain_copy(module)

@@ -1,6 +1,6 @@
 """Fleet: many owners' adapters that train at once in one model, one row of a table each."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +10,7 @@ from ..adapter import Adapter
 from ..config import VeraConfig
 from ..errors import AdapterMismatch, ConfigError, StateError, unknown_name
 from ..fleetbank import FleetBank
+from ..heads import TEMPLATE
 
 if TYPE_CHECKING:
     from ..model import Vera
@@ -33,13 +34,12 @@ class Fleet:
         self.vera = vera
         self.config = config
         self.bank = bank
-        self._start = torch.cat(
-            [
-                torch.full((size,), float(value), dtype=bank.table.dtype)
-                for u in bank.layout.units
-                for size, value in ((u.r, config.d_start), (u.m, config.b_start))
-            ]
-        )
+        parts = [
+            torch.full((size,), float(value), dtype=bank.table.dtype)
+            for u in bank.layout.units
+            for size, value in ((u.r, config.d_start), (u.m, config.b_start))
+        ]
+        self._start = torch.cat([*parts, *(self._head_row(head, {}) for head in bank.heads)])
         self.trained = self._trained_columns()
 
     def _trained_columns(self) -> Tensor | None:
@@ -48,7 +48,7 @@ class Fleet:
             return None
         one, other = (1.0, 0.0) if self.config.train == "d" else (0.0, 1.0)
         parts = [torch.full((size,), v) for u in self.bank.layout.units for size, v in ((u.r, one), (u.m, other))]
-        return torch.cat(parts).to(self.bank.table)
+        return torch.cat([*parts, torch.ones(self.head_parameters_per_owner)]).to(self.bank.table)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -62,7 +62,19 @@ class Fleet:
 
     @property
     def parameters_per_owner(self) -> int:
+        """Of d and b; the paper counts them so, without heads."""
         return self.bank.layout.size
+
+    @property
+    def head_parameters_per_owner(self) -> int:
+        return self.bank.width - self.bank.layout.size
+
+    def _head_row(self, head: str, state: Mapping[str, Tensor]) -> Tensor:
+        """A head's parameters in the table's order: of a state_dict, else the base's own."""
+        module = self.vera.inside.heads[head]
+        base = dict(module._vera_head.resident[TEMPLATE].named_parameters())  # type: ignore[union-attr, index]
+        own = {name: state.get(name, base[name]) for name in self.bank.heads[head]}
+        return torch.cat([t.detach().to("cpu", self.bank.table.dtype).flatten() for t in own.values()])
 
     def add(self, names: "str | Iterable[str]", start: Adapter | None = None) -> "Fleet":
         """One owner, or several: fresh, or each from a copy of `start`. StateError where no slot is free or a name is taken."""
@@ -99,7 +111,10 @@ class Fleet:
         return {m.slot: n for n, m in self.vera.members.items() if m.bank is self.bank}
 
     def row_of(self, adapter: Adapter) -> Tensor:
-        """An adapter's vectors as a flat row (parameters_per_owner,). AdapterMismatch where its shape isn't the fleet's."""
+        """An adapter as a flat row of the table: its vectors, and behind them its heads, or the base's where it has none.
+
+        AdapterMismatch where it isn't of the fleet's shape, or has heads that the fleet doesn't train.
+        """
         units = self.bank.layout.units
         wrong = [u.unit for u in units if u.unit not in adapter.vectors] or [n for n in adapter.vectors if not self._has(n)]
         wrong = wrong or [u.unit for u in units if tuple(map(len, adapter.vectors[u.unit])) != (u.r, u.m)]
@@ -109,13 +124,23 @@ class Fleet:
                 f'the adapter doesn\'t fit this fleet: they differ in {len(wrong)} units, such as "{wrong[0]}", by name, rank, '
                 "shape or seed. Make the fleet with the adapter's own config."
             )
+        if extra := sorted(adapter.modules.keys() - self.bank.heads.keys()):
+            raise AdapterMismatch(
+                f'the adapter has a trained "{extra[0]}", which this fleet doesn\'t train: name it in train_modules, or load it '
+                "into the base model and give the adapter without it."
+            )
+        for head, places in self.bank.heads.items():
+            for name, tensor in adapter.modules.get(head, {}).items():
+                if name in places and tensor.shape != places[name][1]:
+                    shapes = f"{list(tensor.shape)}, the model's {list(places[name][1])}"
+                    raise AdapterMismatch(f'the adapter\'s "{head}.{name}" has the shape {shapes}.')
         # The scale is folded into what d is multiplied by: an adapter of another scale is the same function with d rescaled.
         parts = [
             t.to(self.bank.table.dtype) * (adapter.scale_of(u.unit) / u.scale if k == 0 else 1.0)
             for u in units
             for k, t in enumerate(adapter.vectors[u.unit])
         ]
-        return torch.cat(parts)
+        return torch.cat([*parts, *(self._head_row(head, adapter.modules.get(head, {})) for head in self.bank.heads)])
 
     def _has(self, unit: str) -> bool:
         return unit in self.bank.layout.offsets
@@ -132,7 +157,7 @@ class Fleet:
         return self.vera.adapter(name)
 
     def __repr__(self) -> str:
-        return f"Fleet({len(self.names)} owners in {self.bank.slots} slots, {self.parameters_per_owner:,} parameters each)"
+        return f"Fleet({len(self.names)} owners in {self.bank.slots} slots, {self.bank.width:,} parameters each)"
 
 
 def make(vera: "Vera", config: Any, slots: int, dtype: torch.dtype) -> Fleet:
@@ -143,10 +168,5 @@ def make(vera: "Vera", config: Any, slots: int, dtype: torch.dtype) -> Fleet:
         raise ConfigError(
             f"a fleet trains without dropout, and the config has dropout={config.dropout:g}: an owner must learn the same "
             "whoever else is in the batch."
-        )
-    if config.train_modules:
-        raise ConfigError(
-            f"a fleet trains d and b alone, and the config has train_modules={config.train_modules!r}: train the head once, with "
-            "an adapter on everybody's data (a shared start), and let the fleet use it frozen."
         )
     return Fleet(vera, config, vera.inside.fleet_bank(config, slots, dtype))

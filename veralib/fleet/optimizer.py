@@ -40,7 +40,8 @@ class FleetAdamW:
 
     Only owners whose rows took part in a backward since zero_grad() move, decay and count a step. lr, warmup and schedule apply
     to an owner's own steps out of its own total: total_steps, or what plan(name, steps) says. max_norm clips each owner's
-    gradient by its own norm. loss_scale, for fp16: multiply the loss by optimizer.loss_scale; an owner that overflows skips.
+    gradient by its own norm. lr_head: of modules trained in full (train_modules), which each owner has a copy of; left out, lr.
+    loss_scale, for fp16: multiply the loss by optimizer.loss_scale; an owner that overflows skips.
     The arithmetic is torch.optim.AdamW(fused=True)'s, row by row.
     """
 
@@ -56,6 +57,7 @@ class FleetAdamW:
         warmup: float = 0.0,
         total_steps: int | None = None,
         loss_scale: float | None = None,
+        lr_head: float | None = None,
     ) -> None:
         if not lr > 0 or not math.isfinite(lr):
             raise ConfigError(f"lr is {lr!r}, expected a positive number; d and b train at 1e-3 to 1e-1 (docs/choosing.md).")
@@ -66,7 +68,10 @@ class FleetAdamW:
         if max_norm is not None and not max_norm > 0:
             raise ConfigError(f"max_norm is {max_norm!r}, expected a positive number, or None to clip nothing.")
         self.fleet = fleet
+        if lr_head is not None and (not lr_head > 0 or not math.isfinite(lr_head)):
+            raise ConfigError(f"lr_head is {lr_head!r}, expected a positive number, or None to train heads at lr.")
         self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
+        self.lr_head = lr if lr_head is None else lr_head
         self.max_norm, self.schedule, self.warmup, self.total_steps = max_norm, schedule, warmup, total_steps
         self.loss_scale, self._clean = loss_scale, 0
         table = fleet.bank.table
@@ -93,7 +98,7 @@ class FleetAdamW:
         return self._rate(self._fresh(self.fleet.slot(name)))
 
     def state_of(self, name: str) -> dict[str, Any]:
-        """A copy of what resuming this owner needs: step, total, exp_avg, exp_avg_sq (parameters_per_owner,)."""
+        """A copy of what resuming this owner needs: step, total, exp_avg, exp_avg_sq (the table's width,)."""
         slot = self._fresh(self.fleet.slot(name))
         moments = {"exp_avg": self.exp_avg[slot].cpu().clone(), "exp_avg_sq": self.exp_avg_sq[slot].cpu().clone()}
         return {"step": self._taken[slot], "total": self._totals[slot], **moments}
@@ -172,22 +177,27 @@ class FleetAdamW:
         row, keep = self.fleet.bank.row(slot), None
         if self.fleet.trained is not None and self.weight_decay:
             keep = row.clone()
-        adamw(
-            [row],
-            [g],
-            [self.exp_avg[slot]],
-            [self.exp_avg_sq[slot]],
-            [],
-            [self._steps[slot]],
-            fused=True,
-            amsgrad=False,
-            beta1=self.betas[0],
-            beta2=self.betas[1],
-            lr=self._rate(slot),
-            weight_decay=self.weight_decay,
-            eps=self.eps,
-            maximize=False,
-        )
+        rate, vectors = self._rate(slot), self.fleet.bank.layout.size
+        for columns, lr in ((slice(vectors), rate), (slice(vectors, None), rate * self.lr_head / self.lr)):
+            if not row[columns].numel():
+                continue
+            adamw(
+                [row[columns]],
+                [g[columns]],
+                [self.exp_avg[slot, columns]],
+                [self.exp_avg_sq[slot, columns]],
+                [],
+                [self._steps[slot].clone()],
+                fused=True,
+                amsgrad=False,
+                beta1=self.betas[0],
+                beta2=self.betas[1],
+                lr=lr,
+                weight_decay=self.weight_decay,
+                eps=self.eps,
+                maximize=False,
+            )
+        self._steps[slot] += 1
         if keep is not None:  # what doesn't train doesn't decay
             row.copy_(torch.where(self.fleet.trained.bool(), row, keep))  # type: ignore[union-attr]
         self._taken[slot] += 1
