@@ -1,13 +1,19 @@
 """Heads in a fleet: each owner trains a copy of its own, in the fleet's table, as if alone."""
 
 import copy
+import random
 
 import pytest
 import torch
 
 from tests.conftest import tiny_bert, tiny_llama, tokens
-from veralib import AdapterMismatch, ConfigError, UnknownName, VeraConfig, attach
+from tests.training import tiny
+from veralib import AdapterMismatch, ConfigError, DataError, UnknownName, VeraConfig, attach
 from veralib.fleet import FleetAdamW, owner_loss
+from veralib.fleet.data import OwnerRows
+from veralib.fleet.run import train_fleet, update_owner
+from veralib.fleet.settings import FleetSettings
+from veralib.store import open_store
 
 CONFIG = VeraConfig(rank=8, targets=["query", "value"], train_modules=["classifier"])
 OWNERS = ("ann", "bob", "cat")
@@ -121,3 +127,93 @@ def test_bad_inputs():
         FleetAdamW(fleet, lr_head=0.0)
     with pytest.raises(UnknownName, match="nowhere"):
         attach(tiny_llama()).fleet(VeraConfig(rank=2, train_modules=["nowhere"]), slots=1)
+
+
+# vera fleet train with a head
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny.make_bert(tmp_path_factory.mktemp("bert"))
+
+
+def opinions(count: int) -> OwnerRows:
+    """ann takes red for good and blue for bad; bob the other way round: no shared adapter can please both."""
+    chooser = random.Random(0)
+    rows = {}
+    for owner, good in {"ann": "red", "bob": "blue"}.items():
+        colours = [chooser.choice(["red", "blue"]) for _ in range(count)]
+        rows[owner] = [{"text": f"the cat likes the {c} house", "label": "good" if c == good else "bad"} for c in colours]
+    return OwnerRows(rows)
+
+
+def settings_of(folder, output, **changes) -> FleetSettings:
+    known = {"model": str(folder), "data": "given", "output": str(output), "task": "classification", "rank": 8, "epochs": 12}
+    return FleetSettings(**{**known, "lr": 0.05, "lr_head": 0.02, "plot": False, **changes})
+
+
+def predicted(folder, adapter, rows) -> list[str]:
+    """What a fresh model with the adapter alone predicts."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    torch.manual_seed(7)  # another start of the head than the run's
+    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
+    vera = attach(model.eval())
+    vera.load(adapter, name="it")
+    vera.use("it")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    with torch.no_grad():
+        logits = model(**tokenizer([r["text"] for r in rows], return_tensors="pt", padding=True)).logits
+    return [("bad", "good")[i] for i in logits.argmax(-1)]
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_classifier_for_each_owner(folder, tmp_path, own):
+    rows = opinions(40)
+    how = {"head_per_owner": True} if own else {"shared_epochs": 2.0}
+    result = train_fleet(settings_of(folder, tmp_path, **how), rows)
+    store = open_store(tmp_path / "store")
+    for owner, mine in rows.rows.items():
+        line = result.owners[owner]
+        assert line["loss_after"] < 0.3 < line["loss_before"] and line["accuracy"] == 1.0
+        assert predicted(folder, store.get(owner), mine) == [r["label"] for r in mine]
+    heads = [store.get(o).modules["classifier"]["weight"] for o in rows.rows]
+    assert torch.equal(*heads) is not own
+    again = train_fleet(settings_of(folder, tmp_path, **how), rows)
+    assert again.skipped == 2 and again.steps == 0
+    before = store.get("ann")
+    update_owner(tmp_path, "ann", rows.rows["ann"][:4], lambda line: None)
+    after = store.get("ann")
+    assert torch.equal(after.modules["classifier"]["weight"], before.modules["classifier"]["weight"]) is not own
+    assert predicted(folder, after, rows.rows["ann"]) == [r["label"] for r in rows.rows["ann"]]
+
+
+def test_an_owner_of_the_run_is_the_owner_alone(folder, tmp_path):
+    rows = opinions(12)
+    for name, some in {"both": rows, "one": OwnerRows({"ann": rows.rows["ann"]})}.items():
+        train_fleet(settings_of(folder, tmp_path / name, head_per_owner=True, epochs=2), some)
+    one, both = (open_store(tmp_path / n / "store").get("ann") for n in ("one", "both"))
+    torch.testing.assert_close(both.modules["classifier"]["weight"], one.modules["classifier"]["weight"], rtol=0, atol=1e-5)
+
+
+def test_regression_takes_the_squared_error(folder, tmp_path):
+    numbers = {o: [{**r, "label": 1.0 if r["label"] == "good" else -1.0} for r in rs] for o, rs in opinions(40).rows.items()}
+    result = train_fleet(settings_of(folder, tmp_path, task="regression", head_per_owner=True), OwnerRows(numbers))
+    for line in result.owners.values():
+        assert line["loss_after"] < 0.1 < line["loss_before"] and line["accuracy"] is None
+
+
+def test_a_label_that_came_later_makes_its_owner_unusable_and_nobody_else(folder, tmp_path):
+    rows = opinions(8)
+    settings = settings_of(folder, tmp_path, head_per_owner=True, epochs=1)
+    train_fleet(settings, rows)
+    late = [{"text": "the dog eats", "label": "ugly"}] * 8
+    result = train_fleet(settings, OwnerRows({**rows.rows, "late": late, "dan": rows.rows["ann"]}))
+    assert "ugly" in result.unusable["late"] and set(result.owners) == {"ann", "bob", "dan"}
+
+
+def test_bad_settings_and_rows(folder, tmp_path):
+    with pytest.raises(ConfigError, match="head_per_owner"):
+        settings_of(folder, tmp_path)
+    with pytest.raises(DataError, match=r'"label" holds 0 labels.*text'):
+        train_fleet(settings_of(folder, tmp_path, head_per_owner=True), OwnerRows({"ann": [{"text": "the cat"}]}))

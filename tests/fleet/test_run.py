@@ -264,7 +264,7 @@ def test_patience_stops_an_owner_at_its_best_and_frees_its_slot(base):
         assert result.status == "stopped" and result.steps < 120
         fleet.add("again", start=adapter)
         trainer.running["again"] = type("R", (), {"order": Order(next(o for o in owners if o.name == result.name), 4, 1, 0)})()
-        assert trainer.held_out_losses(["again"])["again"] == pytest.approx(result.loss_after, rel=1e-6)
+        assert trainer.held_out_scores(["again"])["again"].loss == pytest.approx(result.loss_after, rel=1e-6)
         trainer.running.clear()
         fleet.remove("again")
 

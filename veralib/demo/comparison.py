@@ -18,7 +18,7 @@ import torch
 from .. import Adapter, VeraConfig, attach
 from ..errors import StateError
 from ..fleet.batches import Example, OwnerData
-from ..fleet.measure import mean_losses
+from ..fleet.measure import scores
 from ..fleet.optimizer import FleetAdamW
 from ..fleet.trainer import FleetTrainer, Plan
 from ..training.tokens import collator
@@ -136,8 +136,8 @@ class Comparison:
         found: dict[str, dict[str, float]] = {n: {} for n in self.names}
 
         def column(key: str, adapters: Mapping[str, str | None]) -> None:
-            for n, loss in mean_losses(self.vera, self.held_out, self.collate, self.recipe.batch_rows, adapters).items():
-                found[n][key] = loss
+            for n, score in scores(self.vera, self.held_out, self.collate, self.recipe.batch_rows, adapters).items():
+                found[n][key] = score.loss
 
         column("base", dict.fromkeys(self.names))
         with self.loaded("shared") as places:

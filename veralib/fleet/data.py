@@ -68,13 +68,19 @@ def _read_folder(folder: Path) -> OwnerRows:
 
 
 def owner_data(
-    name: str, rows: Sequence[Row], tokenizer: Any, settings: FleetSettings, single: Settings, longest: int
+    name: str,
+    rows: Sequence[Row],
+    tokenizer: Any,
+    settings: FleetSettings,
+    single: Settings,
+    longest: int,
+    labels: Sequence[str] = (),
 ) -> OwnerData:
     """One owner's examples; the held-out ones are rows that a draw of its own picks. DataError where no row can be learned.
 
     A text longer than max_length becomes several examples; the draw is over examples then, for a text may be the only row.
     """
-    examples: list[Example] = list(encode(rows, tokenizer, single, (), longest, f'the rows of owner "{name}"'))
+    examples: list[Example] = list(encode(rows, tokenizer, single, labels, longest, f'the rows of owner "{name}"'))
     count = round(settings.held_out * len(examples))
     if settings.held_out and not count and len(examples) > 1:
         count = 1
@@ -89,13 +95,19 @@ def owner_data(
 
 
 def prepare(
-    owners: OwnerRows, names: Sequence[str], tokenizer: Any, settings: FleetSettings, longest: int, unusable: dict[str, str]
+    owners: OwnerRows,
+    names: Sequence[str],
+    tokenizer: Any,
+    settings: FleetSettings,
+    longest: int,
+    unusable: dict[str, str],
+    labels: Sequence[str] = (),
 ) -> Iterator[OwnerData]:
     """The named owners' data, one after another as slots ask for them; who has no usable row is noted in `unusable`."""
     single = settings.row_settings()
     for name in names:
         try:
-            yield owner_data(name, owners.rows[name], tokenizer, settings, single, longest)
+            yield owner_data(name, owners.rows[name], tokenizer, settings, single, longest, labels)
         except VeraError as e:
             unusable[name] = str(e)
 

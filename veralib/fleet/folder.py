@@ -1,13 +1,13 @@
 """The output folder of a fleet: whose it is, who is done, and where those in training stand.
 
-run.json             the settings
+run.json             the settings, and the labels where there are heads
 owners-<rank>.jsonl  a line for each owner that ended, written after its adapter is in the store
 standing-<rank>.safetensors   those in a slot, every minute
 """
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,8 @@ FREE = {"output", "data", "split", "data_config", "slots", "batch_rows", "plot",
 TENSORS = ("row", "exp_avg", "exp_avg_sq", "best_row")
 
 
-def open_folder(settings: FleetSettings, folder: Path) -> None:
-    """Makes the folder this run's. StateError where it is one of other settings."""
+def open_folder(settings: FleetSettings, folder: Path, labels: Sequence[str] = ()) -> None:
+    """Makes the folder this run's. StateError where it is one of other settings. Labels are those of its first run."""
     mine = {k: v for k, v in settings.to_dict().items() if k not in FREE}
     mark = folder / "run.json"
     if mark.exists():
@@ -37,7 +37,7 @@ def open_folder(settings: FleetSettings, folder: Path) -> None:
             )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(mark, {"settings": settings.to_dict()})
+        write_json(mark, {"settings": settings.to_dict(), "labels": read_labels(folder) or list(labels)})
     except OSError as e:
         raise StateError(f"can't write to the output folder {folder}: {e.strerror or e}.") from e
 
@@ -48,6 +48,12 @@ def read_settings(folder: Path) -> dict[str, Any]:
         return json.loads((folder / "run.json").read_text(encoding="utf-8"))["settings"]
     except (OSError, ValueError, KeyError) as e:
         raise StateError(f"{folder} holds no fleet: there is no readable run.json. Name the output folder of a run.") from e
+
+
+def read_labels(folder: Path) -> tuple[str, ...]:
+    """The labels that a fleet's heads were made for; none where there is no run yet, or no head."""
+    mark = folder / "run.json"
+    return tuple(json.loads(mark.read_text(encoding="utf-8")).get("labels", ())) if mark.exists() else ()
 
 
 def ended(folder: Path) -> dict[str, dict[str, Any]]:

@@ -15,7 +15,8 @@ def owner_losses(
     """Each owner's mean cross-entropy over its labelled tokens or rows, as 0-d tensors.
 
     logits: (R, t, V) with labels (R, t), where position i predicts labels[:, i + 1] and -100 is left out, as in transformers'
-    causal models; or (R, V) with labels (R,), classes. owners: one for each row; None's rows count for nothing.
+    causal models; or (R, V) with labels (R,), classes; or (R, 1) with floating labels (R,): the squared error, NaN left out.
+    owners: one for each row; None's rows count for nothing.
     counts: what to divide by for each owner, where its step is spread over several batches; else its labels in this batch.
     An owner without labels has the loss 0.
     """
@@ -25,10 +26,14 @@ def owner_losses(
         logits, labels = logits[:, :-1], labels[:, 1:]
     else:
         logits, labels = logits[:, None], labels[:, None]
-    known = labels != -100
     # float32 at least: a sum of bf16 terms loses the small ones. Row by row: no owner's sum depends on another's rows.
     wide = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
-    each = F.cross_entropy(wide.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=-100).view(labels.shape)
+    if labels.is_floating_point():
+        known = ~labels.isnan()
+        each = torch.where(known, wide.squeeze(-1) - labels.nan_to_num().to(wide.dtype), 0.0).square()
+    else:
+        known = labels != -100
+        each = F.cross_entropy(wide.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=-100).view(labels.shape)
     rows, labelled = each.sum(1), known.sum(1)
     place: dict[str, list[int]] = {}
     for i, owner in enumerate(owners):

@@ -25,6 +25,7 @@ from ..training.tokens import chat_template
 from . import folder as files
 from .batches import OwnerData
 from .data import OwnerRows, keep_rows, prepare, read_owners
+from .heads import Heads, check_adapters, labels_of
 from .optimizer import FleetAdamW
 from .settings import FleetSettings
 from .trainer import FleetTrainer, OwnerResult, Plan
@@ -77,10 +78,12 @@ def train_fleet(settings: FleetSettings, rows: OwnerRows | None = None, progress
     rank, world = _join()
     output = Path(settings.output)
     owners = read_owners(settings) if rows is None else rows
+    labels = files.read_labels(output) or labels_of(settings, owners.rows.values())
     if rank == 0:
-        files.open_folder(settings, output)
+        files.open_folder(settings, output, labels)
     _wait(world)
-    base = _load(settings)
+    base = _load(settings, labels)
+    heads = Heads(base.head, settings.head_per_owner)
     if settings.store is None:
         store = open_store(output / "store", settings.store_kind, settings.precision)
     else:
@@ -88,10 +91,11 @@ def train_fleet(settings: FleetSettings, rows: OwnerRows | None = None, progress
     done = files.ended(output)
     vera = attach(base.model)
     unusable = dict(owners.unusable)
-    start = _shared_start(settings, owners, base, vera, output, rank, world, progress)
+    shared = _shared_start(settings, owners, base, vera, output, rank, world, progress, labels)
+    start = heads.settle(base.model, shared)
     names = [n for n in owners.rows if n not in done]
     mine = names[rank::world]
-    fleet = vera.fleet(settings.vera_config(), min(settings.slots, max(1, len(mine))))
+    fleet = vera.fleet(heads.config(settings.vera_config()), min(settings.slots, max(1, len(mine))))
     optimizer = _optimizer(settings, fleet, settings.lr)
     trainer = FleetTrainer(fleet, optimizer, _plan(settings), base.tokenizer.pad_token_id or 0, start)
     trainer.saved = files.standing(output)
@@ -100,9 +104,9 @@ def train_fleet(settings: FleetSettings, rows: OwnerRows | None = None, progress
         keep_rows(output, name, owners.rows[name])
     # Those that stood in a slot first, so that what they had is used.
     mine.sort(key=lambda n: n not in trainer.saved)
-    source = prepare(owners, mine, base.tokenizer, settings, base.max_length, unusable)
+    source = prepare(owners, mine, base.tokenizer, settings, base.max_length, unusable, labels)
     for count, (one, adapter) in enumerate(trainer.run(source), 1):
-        _enter(one, adapter, store, output, rank, owners)
+        _enter(one, heads.whole(adapter, shared), store, output, rank, owners)
         if count % max(1, len(mine) // 20) == 0 or count == len(mine):
             progress(
                 f"{count} of {len(mine)} owners done, {trainer.steps} steps, "
@@ -129,9 +133,10 @@ def train_fleet(settings: FleetSettings, rows: OwnerRows | None = None, progress
     return result
 
 
-def _load(settings: FleetSettings) -> Base:
+def _load(settings: FleetSettings, labels: Sequence[str]) -> Base:
     single = settings.row_settings()
-    base = load_base(single)
+    torch.manual_seed(settings.seed)  # a new head starts the same in every process and every run
+    base = load_base(single, labels)
     chat_template(single, base.tokenizer)
     return base
 
@@ -142,20 +147,28 @@ def _plan(settings: FleetSettings) -> Plan:
 
 def _optimizer(settings: FleetSettings, fleet: Any, lr: float) -> FleetAdamW:
     fields = {name: getattr(settings, name) for name in ("weight_decay", "max_norm", "schedule", "warmup")}
-    return FleetAdamW(fleet, lr, **fields)
+    return FleetAdamW(fleet, lr, lr_head=settings.lr_head or lr / 10, **fields)
 
 
 def _shared_start(
-    settings: FleetSettings, owners: OwnerRows, base: Base, vera: Any, output: Path, rank: int, world: int, progress: Progress
+    settings: FleetSettings,
+    owners: OwnerRows,
+    base: Base,
+    vera: Any,
+    output: Path,
+    rank: int,
+    world: int,
+    progress: Progress,
+    labels: Sequence[str],
 ) -> Adapter | None:
     """One adapter on everybody's rows, trained as a fleet of one owner; kept in the output folder."""
     if not settings.shared_epochs:
         return None
     path = output / "shared.safetensors"
     if rank == 0 and not path.exists():
-        parts = list(prepare(owners, list(owners.rows), base.tokenizer, settings, base.max_length, {}))
+        parts = list(prepare(owners, list(owners.rows), base.tokenizer, settings, base.max_length, {}, labels))
         everybody = OwnerData("shared", [e for p in parts for e in p.train], [e for p in parts for e in p.validation])
-        fleet = vera.fleet(settings.vera_config(), 1)
+        fleet = vera.fleet(Heads(base.head, False).config(settings.vera_config(), shared=True), 1)
         optimizer = _optimizer(settings, fleet, settings.shared_lr or settings.lr)
         plan = Plan(settings.shared_epochs, settings.batch_rows, settings.batch_rows, None, settings.seed)
         trainer = FleetTrainer(fleet, optimizer, plan, base.tokenizer.pad_token_id or 0)
@@ -211,18 +224,23 @@ def update_owner(folder: str | Path, owner: str, rows: Sequence[Mapping[str, Any
     together = [*kept_rows(output, owner), *rows]
     if not together:
         raise ConfigError(f'there are no rows for owner "{owner}": give new ones; the fleet kept none.')
-    base = _load(settings)
+    labels = files.read_labels(output)
+    base = _load(settings, labels)
+    heads = Heads(base.head, settings.head_per_owner)
+    check_adapters(heads, before.modules)
     vera = attach(base.model)
-    fleet = vera.fleet(before.config, 1)
+    start = heads.settle(base.model, before)
+    assert start is not None
+    fleet = vera.fleet(start.config, 1)
     optimizer = _optimizer(settings, fleet, settings.lr)
-    trainer = FleetTrainer(fleet, optimizer, _plan(settings), base.tokenizer.pad_token_id or 0, before)
+    trainer = FleetTrainer(fleet, optimizer, _plan(settings), base.tokenizer.pad_token_id or 0, start)
     unusable: dict[str, str] = {}
     mine = OwnerRows({owner: together})
-    data = list(prepare(mine, [owner], base.tokenizer, settings, base.max_length, unusable))
+    data = list(prepare(mine, [owner], base.tokenizer, settings, base.max_length, unusable, labels))
     if not data:
         raise ConfigError(f'owner "{owner}" can\'t train: {unusable[owner]}')
     ((result, adapter),) = trainer.run(data)
-    _enter(result, adapter, store, output, 0, mine)
+    _enter(result, heads.whole(adapter, before), store, output, 0, mine)
     if result.status != "diverged" and settings.keep_data:
         keep_rows(output, owner, together)
     progress(f'"{owner}": {result.examples} examples, loss {result.loss_before:.4f} -> {result.loss_after:.4f}, {result.status}')

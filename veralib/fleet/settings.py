@@ -23,8 +23,13 @@ class FleetSettings(BaseModel):
     )
     output: str = Field("fleet", description="Folder for the store, fleet.json, the shared start and plot.png.")
     owner: str = Field("owner", description="Column that names the owner of a row.")
-    task: Literal["causal-lm", "prompt-completion", "chat"] = Field("causal-lm", description="What is learned.")
-    text: tuple[str, ...] = Field((), description="Text column; the prompt and completion columns; the messages column.")
+    task: Literal["causal-lm", "prompt-completion", "chat", "classification", "regression"] = Field(
+        "causal-lm", description="What is learned."
+    )
+    text: tuple[str, ...] = Field(
+        (), description="Text column, or two for pairs; the prompt and completion columns; the messages column."
+    )
+    label: str = Field("label", description="Label column (classification, regression).")
     split: str = Field("train", description="Split of a hub data set.")
     data_config: str | None = Field(None, description="Configuration of a hub data set.")
     max_length: int = Field(256, gt=1, description="Tokens a row at most.")
@@ -46,6 +51,10 @@ class FleetSettings(BaseModel):
     batch_rows: int = Field(64, gt=0, description="Rows of a mixed batch, at most.")
     slots: int = Field(256, gt=0, description="Owners that train at a time; who ends frees a slot for the next.")
     lr: float = Field(1e-2, gt=0, description="Learning rate of d and b.")
+    lr_head: float | None = Field(None, gt=0, description="Learning rate of heads; left out: a tenth of lr.")
+    head_per_owner: bool = Field(
+        False, description="Each owner trains a classification head of its own; else all use the shared start's, frozen."
+    )
     weight_decay: float = Field(0.0, ge=0, description="AdamW's.")
     max_norm: float | None = Field(1.0, gt=0, description="Each owner's gradient is clipped to it.")
     schedule: str = Field("linear", description="constant, linear or cosine, over each owner's own steps.")
@@ -96,8 +105,9 @@ class FleetSettings(BaseModel):
 
     def row_settings(self) -> Settings:
         """The same rows and base as a single run's settings: what reads, loads and tokenises them."""
-        shared = ("model", "data", "task", "text", "split", "data_config", "max_length", "chat_template", "revision", "dtype")
-        return Settings(**{name: getattr(self, name) for name in shared}, quantise=self.quantise)
+        data = ("data", "task", "text", "label", "split", "data_config", "max_length", "chat_template")
+        same = {name: getattr(self, name) for name in (*data, "model", "revision", "dtype", "quantise")}
+        return Settings(**same)
 
     def to_dict(self) -> dict[str, Any]:
         """Every setting as plain JSON types."""
@@ -111,6 +121,11 @@ def _faults(s: FleetSettings) -> Iterator[str]:
         yield f"owner_rows is {s.owner_rows}, expected at most batch_rows, {s.batch_rows}"
     if s.patience is not None and not s.held_out:
         yield "patience goes by the held-out loss, and held_out is 0"
+    if s.task in ("classification", "regression") and not s.head_per_owner and not s.shared_epochs:
+        yield (
+            f"a new head for {s.task} starts at random: train one on everybody's rows, which all owners then use frozen "
+            "(shared_epochs), or one for each owner (head_per_owner)"
+        )
     for name in ("seed", "rank", "targets"):
         if name in s.options:
             yield f"options.{name} is set by {'basis_seed' if name == 'seed' else name}"

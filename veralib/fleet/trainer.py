@@ -10,11 +10,11 @@ from torch import Tensor
 
 from ..adapter import Adapter
 from ..errors import ConfigError
-from ..training.tokens import collator
+from ..training.tokens import IGNORED, collator
 from .batches import Example, Order, OwnerData, choose
 from .fleet import Fleet
 from .loss import owner_loss
-from .measure import logits_of, mean_losses, on_device
+from .measure import Score, logits_of, on_device, scores
 from .optimizer import FleetAdamW
 
 
@@ -54,6 +54,8 @@ class OwnerResult:
     loss_after: float
     held_out: int = 0
     """Held-out rows."""
+    accuracy: float = math.nan
+    """Share of the tokens, or rows, that loss_after was measured on which are predicted right; none in regression."""
     version: int | None = None
     """In the store."""
     bytes: int = 0
@@ -121,8 +123,8 @@ class FleetTrainer:
                 self._go_on(data.name, state)
             else:
                 entered.append(data.name)
-        for name, loss in self.held_out_losses(entered if self.plan.measure else ()).items():
-            self.running[name].before = loss
+        for name, score in self.held_out_scores(entered if self.plan.measure else ()).items():
+            self.running[name].before = score.loss
 
     def state(self) -> dict[str, dict[str, Any]]:
         """What each owner in a slot needs to go on in another process: numbers and CPU tensors."""
@@ -151,7 +153,7 @@ class FleetTrainer:
         for order in chosen:
             rows = order.rows()
             ghost = self.running[order.data.name].ghost
-            examples += [{**e, "labels": [-100] * len(e["labels"])} for e in rows] if ghost else rows
+            examples += [{**e, "labels": _masked(e["labels"])} for e in rows] if ghost else rows
             owners += [order.data.name] * len(rows)
         batch = self._batch(examples)
         with self.fleet.vera.rows(owners):
@@ -175,8 +177,8 @@ class FleetTrainer:
         done = [o.data.name for o in stepped if o.done]
         if self.plan.patience is not None:
             watched = [o for o in stepped if o.taken % o.steps_per_epoch == 0 and o.data.validation]
-            losses = self.held_out_losses([o.data.name for o in watched if not self.running[o.data.name].ghost])
-            for name, loss in losses.items():
+            found = self.held_out_scores([o.data.name for o in watched if not self.running[o.data.name].ghost])
+            for name, (loss, _) in found.items():
                 mine = self.running[name]
                 if loss < mine.best:
                     mine.best, mine.epochs_without = loss, 0
@@ -188,7 +190,7 @@ class FleetTrainer:
         for name in done:
             if (row := self.running[name].best_row) is not None:
                 self.fleet.bank.row(self.fleet.slot(name)).copy_(row)
-        after = self.held_out_losses([n for n in done if self.plan.measure and not self.running[n].ghost])
+        after = self.held_out_scores([n for n in done if self.plan.measure and not self.running[n].ghost])
         for name in done:
             mine = self.running.pop(name)
             adapter = self.fleet.adapter(name)
@@ -200,15 +202,16 @@ class FleetTrainer:
                 len(data.train),
                 self.optimizer.steps_of(name),
                 mine.before,
-                after.get(name, math.nan),
+                after[name].loss if name in after else math.nan,
                 len(data.validation),
+                after[name].accuracy if name in after else math.nan,
             )
             self.fleet.remove(name)
             yield result, adapter
 
-    def held_out_losses(self, names: Sequence[str]) -> dict[str, float]:
-        """Each owner's mean loss a token over its held-out rows (its training rows where it has none), in mixed batches."""
-        return mean_losses(self.fleet.vera, {n: self._held(n) for n in names}, self.collate, self.plan.batch_rows)
+    def held_out_scores(self, names: Sequence[str]) -> dict[str, Score]:
+        """Each owner's score on its held-out rows (its training rows where it has none), in mixed batches."""
+        return scores(self.fleet.vera, {n: self._held(n) for n in names}, self.collate, self.plan.batch_rows)
 
     def _held(self, name: str) -> Sequence[Example]:
         data = self.running[name].order.data
@@ -220,3 +223,10 @@ class FleetTrainer:
         self.tokens += real
         self.padding += batch["attention_mask"].numel() - real
         return on_device(self.fleet.vera, batch)
+
+
+def _masked(labels: Any) -> Any:
+    """The same labels, none of which counts."""
+    if isinstance(labels, list):
+        return [IGNORED] * len(labels)
+    return math.nan if isinstance(labels, float) else IGNORED

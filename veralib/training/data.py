@@ -274,7 +274,7 @@ def _check(settings: Settings, train: Sequence[Row], held: Mapping[str, Sequence
         for where, found in values.items():
             numbers(found, where)
         return ()
-    labels = _ordered({str(v) for v in values["the train data"]})
+    labels = ordered({str(v) for v in values["the train data"]})
     if len(labels) < 2:
         raise DataError(f'column "{settings.label}" of the train data holds one label alone, "{labels[0]}"; expected two or more')
     if len(labels) > 1000 and len(labels) > len(train) / 2:
@@ -311,7 +311,7 @@ def label_ids(values: Sequence[Any], labels: Sequence[str], where: str) -> list[
     return [ids[str(v)] for v in values]
 
 
-def _ordered(labels: set[str]) -> tuple[str, ...]:
+def ordered(labels: set[str]) -> tuple[str, ...]:
     """Sorted, as numbers where all of them are whole numbers: "10" comes after "9"."""
     if all(label.lstrip("-").isdecimal() for label in labels):
         return tuple(sorted(labels, key=int))
