@@ -126,3 +126,23 @@ def test_fleet_and_store_benchmarks_write_their_pages(tmp_path, own_lock):
     assert [s["count"] for s in stores] == [300, 8, 8, 8] and all(s["bytes"] > s["payload_bytes"] * s["count"] for s in stores)
     page = (tmp_path / "README.md").read_text()
     assert "| GPT-3 175B | LoRA r=16 | 75,497,472 | 288.0 MiB | 274.7 TiB |" in page
+
+
+def test_the_arithmetic_counts_what_veralib_counts():
+    from benchmarks import personalise
+
+    counts = {(m, r): personalise.parameters(personalise.LLAMA_7B_QV, m, r) for m, r in personalise.METHODS}
+    # notes on the paper's tables: Llama-2 7B, q and v
+    assert counts == {("VeRA", 256): 278_528, ("VeRA", 64): 266_240, ("LoRA", 1): 524_288, ("LoRA", 16): 8_388_608}
+    m, n, r = 12, 10, 4
+    one = personalise.Model("one linear", m * n, 1, ((m, n),))
+    # x W, A x, B u forward; their three gradients; B u again for ∂b: 2 FLOPs a product's term.
+    assert personalise.flops(one, "VeRA", r) == 2 * (2 * m * n + 2 * (r * n + m * r) + m * r)
+    assert personalise.flops(one, "LoRA", r) == 2 * (2 * m * n + 3 * (r * n + m * r))
+
+
+def test_the_page_holds_what_the_command_prints(capsys):
+    from benchmarks import personalise
+
+    personalise.main([])
+    assert capsys.readouterr().out.strip() in personalise.PAGE.read_text(encoding="utf-8")
