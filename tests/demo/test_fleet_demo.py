@@ -209,3 +209,10 @@ def test_without_a_language_model_the_error_says_where_it_looked(tmp_path, monke
     with pytest.raises(DataError, match="VERALIB_LM") as e:
         model.find_language_model()
     assert str(tmp_path) in str(e.value)
+
+
+def test_tuning_owners_are_others_than_the_demos(sources):
+    first, rest = owners.load_texts(sources, owners=4), owners.load_texts(sources, owners=2, skip=4)
+    assert set(first.train) | set(rest.train) == set("abcdef") and len(rest.train) == 2
+    with pytest.raises(DataError, match="expected 8"):
+        owners.load_texts(sources, owners=4, skip=4)

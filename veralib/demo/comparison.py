@@ -10,7 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -51,7 +51,8 @@ class Recipe:
     further_epochs: float = 2.0
     owner_rows: int = 4
     batch_rows: int = 64
-    lora_lr: float = 5e-3
+    lora_lr: Mapping[int, float] = field(default_factory=lambda: {1: 5e-3, 8: 5e-3})
+    """PEFT's LoRA: rank -> learning rate."""
     seed: int = 0
 
     def config(self) -> VeraConfig:

@@ -44,19 +44,20 @@ class Texts:
         return hashlib.sha256("".join(lines).encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def load_texts(sources: Mapping[str, Path] | None = None, owners: int = OWNERS) -> Texts:
+def load_texts(sources: Mapping[str, Path] | None = None, owners: int = OWNERS, skip: int = 0) -> Texts:
     """The fleet's rows. sources: {"" or a library's name: its folder}, else those of this Python. Imports nothing.
 
+    skip: leaves out so many owners that would come first; rates and epochs are chosen on those that the demo doesn't use.
     DataError where fewer owners have enough documentation.
     """
     found = _unshared(_strings(sources or _sources()))
     enough = {name: strings for name, strings in found.items() if len(strings) >= STRINGS[0]}
-    if len(enough) < owners:
+    if len(enough) < skip + owners:
         raise DataError(
-            f"{len(enough)} packages have {STRINGS[0]} documentation strings or more, expected {owners}: this Python comes "
-            "without its libraries' source files. Run the demo with a Python from python.org, conda or your system."
+            f"{len(enough)} packages have {STRINGS[0]} documentation strings or more, expected {skip + owners}: this Python "
+            "comes without its libraries' source files. Run the demo with a Python from python.org, conda or your system."
         )
-    chosen = sorted(sorted(enough, key=lambda name: fraction("owner", name))[:owners])
+    chosen = sorted(sorted(enough, key=lambda name: fraction("owner", name))[skip : skip + owners])
     train, held_out = {}, {}
     for name in chosen:
         objects = sorted(enough[name], key=lambda o: (fraction("string", o), o))[: STRINGS[1]]

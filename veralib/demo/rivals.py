@@ -38,7 +38,7 @@ def one_after_another(
         began = time.perf_counter()
         trained = [p for p in model.parameters() if p.requires_grad]
         parameters = sum(p.numel() for p in trained)
-        optimizer = torch.optim.AdamW(trained, recipe.lora_lr, weight_decay=0.0, fused=True)
+        optimizer = torch.optim.AdamW(trained, recipe.lora_lr[rank], weight_decay=0.0, fused=True)
         order = Order(OwnerData(name, mine), recipe.owner_rows, recipe.epochs, recipe.seed)
         schedule = get_linear_schedule_with_warmup(optimizer, -(-order.total // 10), order.total)
         while not order.done:
