@@ -36,6 +36,32 @@ CHAT = (
 )
 
 
+CARD = """---
+license: apache-2.0
+language: en
+library_name: transformers
+pipeline_tag: text-generation
+---
+
+# {name}
+
+A very small language model, trained from nothing for veralib's demo, tests and examples, where no hub is at hand. It has read
+public-domain English books and nothing else: it writes sentences that look like such a book's and mean little. Don't use it for
+anything but trying software out.
+
+Llama's architecture: {layers} layers, hidden {hidden}, MLP {mlp}, {heads}, a byte-level BPE of {vocabulary} tokens, {positions}
+positions, tied embeddings, weights in bf16. The chat template knows turns of user and assistant, which the model was not trained on.
+
+| | |
+|---|---|
+{table}
+
+    python -m experiments.pretrain TRAIN.txt --validation VAL.txt --steps {steps}
+
+Data: 259 public-domain books to train on and 9 held out, from mlschmitt/classic-books-markdown (commit 944882722e9a). torch {torch}.
+"""
+
+
 class Blocks(Dataset):
     """A long row of tokens cut into blocks, each an example."""
 
@@ -163,7 +189,27 @@ def main(arguments: list[str] | None = None) -> None:
         "torch": torch.__version__,
     }
     (a.out / "training.json").write_text(json.dumps(facts | {"model": MODEL}, indent=1) + "\n")
+    write_card(a.out)
     print(json.dumps(facts, indent=1))
+
+
+def write_card(folder: Path) -> None:
+    """README.md of the model, from its training.json."""
+    facts = json.loads((folder / "training.json").read_text())
+    m, rows = facts["model"], [f"| {name} | {value:,} |" for name, value in facts.items() if isinstance(value, int | float)]
+    text = CARD.format(
+        name=folder.name,
+        layers=m["num_hidden_layers"],
+        hidden=m["hidden_size"],
+        mlp=m["intermediate_size"],
+        heads=f"{m['num_attention_heads']} heads ({m['num_key_value_heads']} for keys and values)",
+        vocabulary=f"{m['vocab_size']:,}",
+        positions=m["max_position_embeddings"],
+        steps=facts["steps"],
+        torch=facts["torch"],
+        table="\n".join(rows),
+    )
+    (folder / "README.md").write_text(text)
 
 
 if __name__ == "__main__":

@@ -73,8 +73,8 @@ def render(result: dict[str, Any]) -> str:
         f"and read back from a store; {result['precisions']['bfloat16']['tokens']:,} held-out tokens. Logits spread by "
         f"{result['spread']:.2f} (standard deviation).",
         "",
-        "| stored in | bytes an adapter | held-out loss | change of a logit, root mean square | largest | likeliest token the same "
-        "| KL, nats a token |",
+        "| stored in | bytes an adapter | held-out loss | change of a logit, root mean square | largest | likeliest token "
+        "the same | KL, nats a token |",
         "|" + "---|" * 7,
     ]
     for precision, found in result["precisions"].items():
