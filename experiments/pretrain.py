@@ -50,7 +50,7 @@ public-domain English books and nothing else: it writes sentences that look like
 anything but trying software out.
 
 Llama's architecture: {layers} layers, hidden {hidden}, MLP {mlp}, {heads}, a byte-level BPE of {vocabulary} tokens, {positions}
-positions, tied embeddings, weights in bf16. The chat template knows turns of user and assistant, which the model was not trained on.
+positions, tied embeddings, weights in bf16. The chat template knows turns of user and assistant; no such text was trained on.
 
 | | |
 |---|---|
@@ -58,7 +58,7 @@ positions, tied embeddings, weights in bf16. The chat template knows turns of us
 
     python -m experiments.pretrain TRAIN.txt --validation VAL.txt --steps {steps}
 
-Data: 259 public-domain books to train on and 9 held out, from mlschmitt/classic-books-markdown (commit 944882722e9a). torch {torch}.
+Data: 259 public-domain books to train on and 9 held out, mlschmitt/classic-books-markdown at commit 944882722e9a. torch {torch}.
 """
 
 
