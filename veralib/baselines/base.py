@@ -27,6 +27,12 @@ class Attached:
     """Writes the result into a folder, with free text beside it where the format has room; the files it wrote."""
     load: Callable[[Path], None]
     """Reads what save wrote back into the model."""
+    begin: Callable[[int], object] | None = None
+    """Called with the number of steps before the first."""
+    before_step: Callable[[int], object] | None = None
+    """Called with the steps taken before each one's forward."""
+    after_step: Callable[[int], object] | None = None
+    """Called with the steps taken after each one, while the gradients are there."""
 
     @property
     def trainable(self) -> tuple[nn.Parameter, ...]:

@@ -112,7 +112,7 @@ def _load(source: Source, names: Sequence[Any] | None, folder: Path):
 
     import torch
 
-    from ..baselines import METHODS
+    from ..baselines import find_method
     from .loading import load_base
     from .tokens import chat_template
 
@@ -127,7 +127,7 @@ def _load(source: Source, names: Sequence[Any] | None, folder: Path):
             raise ConfigError(
                 f"an adapter for each row needs VeRA adapters, and {path} was trained with {source.settings.method}"
             )
-        attached = METHODS[source.settings.method](base.model, source.settings, base.head)
+        attached = find_method(source.settings.method)(base.model, source.settings, base.head)
         attached.load(path)
         return attached.model, base.tokenizer, base.max_length, lambda positions: contextlib.nullcontext()
 

@@ -33,7 +33,7 @@ def train(settings: Settings, callbacks: Sequence[Any] = ()) -> Result:
         import transformers
     except ImportError as e:
         raise need("transformers", "cli", "Training") from e
-    from ..baselines import METHODS
+    from ..baselines import find_method
     from .loading import load_base
     from .tokens import chat_template, collator, encode
     from .trainer import AdapterTrainer, Patience, delete_broken, last_checkpoint
@@ -55,7 +55,7 @@ def train(settings: Settings, callbacks: Sequence[Any] = ()) -> Result:
     transformers.set_seed(settings.seed)
     base = load_base(settings, data.labels)
     chat_template(settings, base.tokenizer)
-    attached = METHODS[settings.method](base.model, settings, base.head)
+    attached = find_method(settings.method)(base.model, settings, base.head)
     splits = {"train": data.train, "validation": data.validation, "test": data.test}
     sets = {
         name: encode(rows, base.tokenizer, settings, data.labels, base.max_length, f"the {name} data") if rows else None

@@ -17,8 +17,11 @@ Task = Literal["classification", "regression", "causal-lm", "prompt-completion",
 Every = Literal["epoch", "never"] | int
 
 # What a method starts from where `lr`, `lr_head` and `rank` are left out; results/cola shows how each does there.
-DEFAULT_RANK = {"vera": 256, "lora": 8}
-DEFAULT_LR = {"vera": 2e-2, "lora": 1e-3, "full": 5e-5}
+DEFAULT_RANK = {
+    **{"vera": 256, "dvora": 256, "lora": 8, "lora_fa": 8, "lora_xs": 16, "dylora": 8, "adalora": 8},
+    **dict.fromkeys(("adapter_h", "adapter_p", "adapter_l", "adapter_d"), 16),
+}
+DEFAULT_LR = {"vera": 2e-2, "dvora": 2e-2, "lora": 1e-3, "full": 5e-5}
 DEFAULT_LR_HEAD = {"vera": 2e-3, "lora": 1e-3, "full": 5e-5, "head": 2e-3}
 DEFAULT_TEXT = {
     "classification": ("text",),
@@ -65,7 +68,11 @@ class Settings(BaseModel):
     )
     output: str = Field("run", description="Folder for the adapter, result.json and plot.png.")
     task: Task = Field("classification", description="What is learned.")
-    method: str = Field("vera", description="vera, or a baseline: lora, head (classifier only), full.")
+    method: str = Field(
+        "vera",
+        description="vera, or what it is compared with: dvora, lora, lora_fa, lora_xs, dylora, adalora, adapter_h, _p, _l, _d, "
+        "bitfit, head, full, or peft:TYPE.",
+    )
 
     text: tuple[str, ...] = Field(
         (), description="Text columns: one, or two for pairs; the prompt and completion columns; the messages column."
@@ -88,7 +95,9 @@ class Settings(BaseModel):
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field("float32", description="Type of the base's weights.")
     quantise: Literal["4bit", "8bit"] | None = Field(None, description="Load the base quantised (bitsandbytes).")
 
-    rank: int | dict[str, int] | None = Field(None, description="Rank r; left out: 256 for vera, 8 for lora.")
+    rank: int | dict[str, int] | None = Field(
+        None, description="Rank r, or a bottleneck's width; left out: 256 for vera, 8 for lora."
+    )
     targets: str | tuple[str, ...] | None = Field(
         None, description='Linears to adapt: names, or "all-linear"; left out: query and value.'
     )
@@ -233,10 +242,12 @@ def _fault(error: Mapping[str, Any]) -> str:
 
 
 def _faults(s: Settings) -> Iterator[str]:
-    from ..baselines import METHODS
+    from ..baselines import find_method
 
-    if s.method not in METHODS:
-        yield unknown_text("method", s.method, METHODS)
+    try:
+        find_method(s.method)
+    except VeraError as e:
+        yield str(e)
     if not s.data:
         yield "data is empty: name a file, a folder or a hub id"
     if s.method == "head" and s.task not in ("classification", "regression"):
@@ -266,7 +277,7 @@ def _faults(s: Settings) -> Iterator[str]:
 
 
 def _option_faults(s: Settings) -> Iterator[str]:
-    if s.method != "vera":
+    if s.method not in ("vera", "dvora"):
         return  # peft checks its own fields when the config is made
     from ..baselines.vera import vera_config
 

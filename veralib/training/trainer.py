@@ -37,6 +37,7 @@ class AdapterTrainer(Trainer):
         self.elapsed, self.paused, self.started = elapsed, 0.0, time.perf_counter()
         super().__init__(model=attached.model, **kwargs)
         self.add_callback(_Order(self))
+        self.add_callback(_Method(attached))
         # Trainer's own "epoch" evaluates after the last step's checkpoint is written: a run that goes on from there would
         # miss the evaluation. By steps, each evaluation comes before the checkpoint of its step.
         batches = len(self.get_train_dataloader())
@@ -142,6 +143,25 @@ class _Order(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.started, self.trainer.paused = time.perf_counter(), 0.0
+
+
+class _Method(TrainerCallback):
+    """Calls what a method wants to be called."""
+
+    def __init__(self, attached: Attached) -> None:
+        self.attached = attached
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.attached.begin is not None:
+            self.attached.begin(state.max_steps)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.attached.before_step is not None:
+            self.attached.before_step(state.global_step)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.attached.after_step is not None:
+            self.attached.after_step(state.global_step + 1)
 
 
 class Patience(TrainerCallback):
