@@ -22,7 +22,11 @@ DEFAULT_RANK = {
     **dict.fromkeys(("adapter_h", "adapter_p", "adapter_l", "adapter_d"), 16),
 }
 DEFAULT_LR = {"vera": 2e-2, "dvora": 2e-2, "lora": 1e-3, "full": 5e-5}
-DEFAULT_LR_HEAD = {"vera": 2e-3, "lora": 1e-3, "full": 5e-5, "head": 2e-3}
+DEFAULT_LR_HEAD = {
+    **{"vera": 2e-3, "dvora": 2e-3, "full": 5e-5, "head": 2e-3},
+    **dict.fromkeys(("lora", "lora_fa", "lora_xs", "dylora", "adalora", "bitfit"), 1e-3),
+    **dict.fromkeys(("adapter_h", "adapter_p", "adapter_l", "adapter_d"), 1e-3),
+}
 DEFAULT_TEXT = {
     "classification": ("text",),
     "regression": ("text",),
