@@ -275,7 +275,7 @@ def render(folder: Path) -> str:
             lines += [
                 f"## A step of {t['rows']} rows × {t['length']} tokens, optimiser included",
                 "",
-                "| | step ÷ PEFT LoRA r=8, one owner | goal | tokens a second | parameters an owner | training bytes a parameter |",
+                "| | step ÷ PEFT LoRA r=8 | goal | tokens a second | parameters an owner | training bytes a parameter |",
                 "|---|---|---|---|---|---|",
                 *(
                     f"| {name} | {c['ratio']['median']:.2f} | {GOALS.get(name, '')} | {c['tokens_per_second']:,.0f} | "

@@ -164,11 +164,11 @@ def test_an_overflow_under_a_loss_scale_is_that_owners_alone():
     ids = tokens(2, 9)
     with vera.rows(["ann", "bob"]):
         losses = owner_losses(vera.model(input_ids=ids).logits, ids, ["ann", "bob"])
-    (losses["ann"] * optimizer.loss_scale + losses["bob"] * float("inf")).backward()
+    (losses["ann"] * optimizer.loss_scales["ann"] + losses["bob"] * float("inf")).backward()
     report = optimizer.step()
     assert report == type(report)(moved=("ann",), skipped=("bob",))
     assert (optimizer.steps_of("ann"), optimizer.steps_of("bob")) == (1, 0)
-    assert optimizer.loss_scale == 512.0
+    assert optimizer.loss_scales == {"ann": 1024.0, "bob": 512.0}
 
 
 def test_owners_mix_with_resident_adapters_and_the_base(tmp_path):

@@ -115,11 +115,13 @@ def test_versions_rollback_and_delete(place):
     assert next(iter(again.get("ann").vectors.values()))[0][0] == 7.0 and sorted(again.names()) == ["ann", "bob"]
 
 
-def test_keep_bounds_the_versions(place):
-    store = open_store(place[0], place[1], keep=2)
-    for v in range(5):
-        store.put("ann", filled(trained(), float(v)))
-    assert [v.number for v in open_store(place[0]).versions("ann")] == [4, 5]
+@pytest.mark.parametrize("keep", [1, 2, 5])
+def test_keep_bounds_the_versions(place, keep):
+    adapter = trained()
+    store = open_store(place[0], place[1], keep=keep)
+    for v in range(1, 9):
+        store.put("ann", filled(adapter, float(v)))
+        assert [v.number for v in store.versions("ann")] == list(range(max(1, v - keep + 1), v + 1))
 
 
 @pytest.mark.parametrize(("precision", "bound"), [("bfloat16", 2**-8), ("int8", 1 / 254)])
@@ -183,7 +185,78 @@ def test_compact_keeps_what_is_wanted(tmp_path):
     assert store.current("owner 7") == 21
 
 
+def test_a_compaction_that_failed_brings_nobody_back(tmp_path, monkeypatch):
+    adapter = trained()
+    store = open_store(tmp_path, kind="packed")
+    for v in (1.0, 2.0, 3.0):
+        store.put_many([(f"owner {i}", filled(adapter, v)) for i in range(6)])
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    real, written = store._append, []
+
+    def once(index, records, *place):
+        written.append(real(index, records[:9], *place))  # some are copied, then the disk is full
+        with monkeypatch.context() as m:
+            m.setattr(os, "fsync", full)
+            return real(index, records[9:], *place)
+
+    monkeypatch.setattr(store, "_append", once)
+    with pytest.raises(StoreError, match="disk is full"):
+        store.compact()
+    monkeypatch.undo()
+    assert written
+    other = open_store(tmp_path)
+    other.delete("owner 1")
+    other.put("owner 2", filled(adapter, 9.0))
+    for s in (open_store(tmp_path), store):
+        assert sorted(s.names()) == [f"owner {i}" for i in (0, 2, 3, 4, 5)]
+        assert next(iter(s.get("owner 2").vectors.values()))[0][0] == 9.0
+    store.compact()
+    assert sorted(open_store(tmp_path).names()) == [f"owner {i}" for i in (0, 2, 3, 4, 5)]
+    assert len(list(tmp_path.glob("data-*"))) == 1
+
+
 # Damage
+
+
+def test_a_damaged_record_costs_no_other_when_the_index_is_lost(tmp_path):
+    adapter = trained()
+    store = open_store(tmp_path, kind="packed")
+    places = []
+    for i in range(6):
+        places.append((tmp_path / "data-000001.vera").stat().st_size if i else 0)
+        store.put(f"owner {i}", filled(adapter, float(i)))
+    store.close()
+    data = bytearray((tmp_path / "data-000001.vera").read_bytes())
+    data[places[2] + 200] ^= 1  # the payload of the third
+    data[places[4]] ^= 1  # the first byte of the fifth
+    (tmp_path / "data-000001.vera").write_bytes(data)
+    for file in tmp_path.glob("index.sqlite*"):
+        file.unlink()
+    again = open_store(tmp_path)
+    assert sorted(again.names()) == [f"owner {i}" for i in (0, 1, 3, 5)] and again.damaged == 2
+    again.put("owner 4", filled(adapter, 44.0))
+    last = open_store(tmp_path)
+    assert next(iter(last.get("owner 5").vectors.values()))[0][0] == 5.0
+    assert next(iter(last.get("owner 4").vectors.values()))[0][0] == 44.0
+
+
+def test_a_record_of_a_newer_format_is_refused_not_written_over(tmp_path):
+    store = open_store(tmp_path, kind="packed")
+    store.put("ann", trained())
+    store.put("bob", trained())
+    store.close()
+    file = tmp_path / "data-000001.vera"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2 + 4] = 2
+    file.write_bytes(data)
+    for index in tmp_path.glob("index.sqlite*"):
+        index.unlink()
+    with pytest.raises(StoreError, match=r"format 2.*Upgrade"):
+        open_store(tmp_path)
+    assert file.read_bytes() == data
 
 
 def test_a_cut_packed_file_keeps_its_complete_records(tmp_path):
@@ -366,3 +439,15 @@ def test_cache_counts_and_bounds(tmp_path):
     small = CachedStore(store, max_bytes=10)
     small.get("2")
     assert small.statistics.adapters == 0
+
+
+def test_a_cache_never_serves_a_deleted_adapter(place):
+    adapter = trained()
+    store = open_store(place[0], place[1])
+    cache = CachedStore(store)
+    store.put("ann", filled(adapter, 1.0))
+    cache.get("ann")
+    store.delete("ann")
+    store.put("ann", filled(adapter, 2.0))
+    assert store.current("ann") == 1  # again
+    assert next(iter(cache.get("ann").vectors.values()))[0][0] == 2.0

@@ -74,7 +74,8 @@ def run(settings_file: str | None, sets: list[str], given: dict[str, Any], base:
         from ..fleet.folder import read_settings
 
         before = {k: v for k, v in read_settings(Path(old)).items() if k not in ("output", "store", "revision")}
-        given = {**before, **given, "model": base}
+        given = {**before, **_from_file(settings_file), **given, "model": base}
+        settings_file = None
         if given.get("output") in (None, old):
             raise ConfigError(f"--from {old} needs another --output: both generations stay usable.")
         rows = all_kept(Path(old))
@@ -89,7 +90,7 @@ def run(settings_file: str | None, sets: list[str], given: dict[str, Any], base:
         draw(result.owners, Path(settings.output) / "plot.png")
     lines = [
         ("owners", f"{found['owners']:,}" + (f", {result.skipped:,} of them from earlier runs" if result.skipped else "")),
-        ("held-out loss, mean over owners", f"{found['loss_before']:.4f} -> {found['loss_after']:.4f}"),
+        ("held-out loss, mean over owners", _change(found["loss_before"], found["loss_after"])),
         ("owners that got better", f"{found['improved']:,}"),
         ("parameters an owner", f"{result.parameters_per_owner:,}"),
         ("bytes of all adapters", f"{found['bytes']:,} ({human_bytes(found['bytes'])})"),
@@ -105,11 +106,19 @@ def run(settings_file: str | None, sets: list[str], given: dict[str, Any], base:
     print(f"Next: vera fleet status {settings.output}")
 
 
+def _change(before: float | None, after: float | None) -> str:
+    return "not measured" if before is None or after is None else f"{before:.4f} -> {after:.4f}"
+
+
 def _settings(settings_file: str | None, given: dict[str, Any]) -> Any:
     from ..fleet.settings import FleetSettings
 
+    return FleetSettings(**{**_from_file(settings_file), **given})
+
+
+def _from_file(settings_file: str | None) -> dict[str, Any]:
     if not settings_file:
-        return FleetSettings(**given)
+        return {}
     import yaml
 
     try:
@@ -120,7 +129,7 @@ def _settings(settings_file: str | None, given: dict[str, Any]) -> Any:
         raise ConfigError(f"{settings_file} is no YAML file: {e}") from e
     if not isinstance(values, dict):
         raise ConfigError(f"{settings_file} holds a {type(values).__name__}, expected settings as `name: value` lines")
-    return FleetSettings(**{**{str(k).replace("-", "_"): v for k, v in values.items()}, **given})
+    return {str(k).replace("-", "_"): v for k, v in values.items()}
 
 
 def _say(line: str) -> None:
@@ -140,7 +149,7 @@ def status(folder: str = Argument(help="The output folder of a run.")) -> None:
     settings = read_settings(place)
     done, now = ended(place), standing(place)
     kinds = {k: [o for o in done.values() if o["status"] == k] for k in ("trained", "stopped", "diverged")}
-    finished = (place / "fleet.json").exists() and not now
+    finished = (place / "fleet.json").exists()
     rows = [
         ("base model", settings["model"]),
         ("trained", f"{len(kinds['trained']):,}"),

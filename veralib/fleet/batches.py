@@ -23,6 +23,11 @@ class OwnerData:
     train: Sequence[Example]
     validation: Sequence[Example] = ()
 
+    def fingerprint(self) -> str:
+        """16 hex digits that tell these examples, and which of them are held out, from others."""
+        parts = [[[e["input_ids"], e["labels"]] for e in part] for part in (self.train, self.validation)]
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
 
 @dataclass
 class Order:

@@ -1,8 +1,8 @@
 """The rows of a fleet by owner: from a data set with an owner column, or a folder with one file an owner."""
 
+import hashlib
 import json
 import os
-import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,20 +51,32 @@ def read_owners(settings: FleetSettings) -> OwnerRows:
 
 
 def _read_folder(folder: Path) -> OwnerRows:
-    found: dict[str, Sequence[Row]] = {}
-    unusable: dict[str, str] = {}
+    found: dict[str, Path] = {}
     files = [p for p in sorted(folder.iterdir()) if p.is_file() and file_kind(p)]
     if not files:
         raise DataError(f"{folder} has no files of rows: expected one csv, tsv, jsonl or txt file for each owner.")
     for path in files:
         owner = path.name.removesuffix(".gz").removesuffix(".xz").rpartition(".")[0]
-        if owner in found or owner in unusable:
+        if owner in found:
             raise DataError(f'{folder} has two files for the owner "{owner}": keep one, or put both into one file.')
-        try:
-            found[owner] = read_rows(path)
-        except DataError as e:
-            unusable[owner] = str(e)
-    return OwnerRows(found, unusable)
+        found[owner] = path
+    return OwnerRows(_Files(found))
+
+
+class _Files(Mapping[str, Sequence[Row]]):
+    """A file's rows for each owner, read when they are asked for: so memory doesn't grow with the number of owners."""
+
+    def __init__(self, paths: Mapping[str, Path]) -> None:
+        self.paths = paths
+
+    def __getitem__(self, owner: str) -> Sequence[Row]:
+        return read_rows(self.paths[owner])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.paths)
+
+    def __len__(self) -> int:
+        return len(self.paths)
 
 
 def owner_data(
@@ -76,22 +88,34 @@ def owner_data(
     longest: int,
     labels: Sequence[str] = (),
 ) -> OwnerData:
-    """One owner's examples; the held-out ones are rows that a draw of its own picks. DataError where no row can be learned.
+    """One owner's examples, some of them held out by a hash of the example. DataError where no row can be learned.
 
-    A text longer than max_length becomes several examples; the draw is over examples then, for a text may be the only row.
+    So an example that trained once isn't held out later, when rows have joined. A text longer than max_length becomes several
+    examples; they are what is drawn then, for a text may be the only row.
     """
     examples: list[Example] = list(encode(rows, tokenizer, single, labels, longest, f'the rows of owner "{name}"'))
-    count = round(settings.held_out * len(examples))
-    if settings.held_out and not count and len(examples) > 1:
-        count = 1
-    if count >= len(examples):
-        count = 0
-    picked = set(random.Random(f"{settings.seed}/{name}").sample(range(len(examples)), count))
+    picked = _held_out([_place(settings.seed, name, e) for e in examples], settings.held_out)
     return OwnerData(
         name,
         [e for i, e in enumerate(examples) if i not in picked],
         [e for i, e in enumerate(examples) if i in picked],
     )
+
+
+def _place(seed: int, name: str, example: Example) -> float:
+    """A number from 0 to 1 that follows from the owner and the example alone."""
+    text = repr((seed, name, example["input_ids"], example["labels"]))
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:6], "big") / 2**48
+
+
+def _held_out(places: Sequence[float], share: float) -> set[int]:
+    """The examples below `share`: at least the lowest where there are two, never all."""
+    if not share or len(places) < 2:
+        return set()
+    picked = {i for i, place in enumerate(places) if place < share} or {min(range(len(places)), key=places.__getitem__)}
+    if len(picked) == len(places):
+        picked.discard(max(picked, key=places.__getitem__))
+    return picked
 
 
 def prepare(

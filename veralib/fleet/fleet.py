@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .. import matching
 from ..adapter import Adapter
 from ..config import VeraConfig
 from ..errors import AdapterMismatch, ConfigError, StateError, unknown_name
@@ -41,6 +42,7 @@ class Fleet:
         ]
         self._start = torch.cat([*parts, *(self._head_row(head, {}) for head in bank.heads)])
         self.trained = self._trained_columns()
+        self._last: tuple[Adapter, Tensor] | None = None
 
     def _trained_columns(self) -> Tensor | None:
         """None, or (layout.size,) of 0 and 1 where train="d" or "b" leaves a part as it is."""
@@ -88,7 +90,7 @@ class Fleet:
                 f"{len(given)} owners for {self.free} free slots of {self.bank.slots}: remove(name) those that are done, or make "
                 "the fleet with more slots."
             )
-        row = self._start if start is None else self.row_of(start)
+        row = self._start if start is None else self._row_from(start)
         for name in given:
             self.vera.inside.enter_fleet(name, self.config, self.bank, row)
         self.vera._selections.clear()
@@ -109,6 +111,13 @@ class Fleet:
     def by_slot(self) -> dict[int, str]:
         """Slot -> its owner."""
         return {m.slot: n for n, m in self.vera.members.items() if m.bank is self.bank}
+
+    def _row_from(self, start: Adapter) -> Tensor:
+        """row_of, once for an adapter that many owners begin from; refused on other weights than it was trained on."""
+        if self._last is None or self._last[0] is not start:
+            matching.check(self.vera.inside, start, "start", allow_other_base=False)
+            self._last = start, self.row_of(start)
+        return self._last[1]
 
     def row_of(self, adapter: Adapter) -> Tensor:
         """An adapter as a flat row of the table: its vectors, and behind them its heads, or the base's where it has none.
@@ -148,7 +157,7 @@ class Fleet:
     def reset(self, name: str, start: Adapter | None = None) -> None:
         """An owner's vectors at their start again, its gradient gone."""
         slot = self.slot(name)
-        self.bank.row(slot).copy_(self._start if start is None else self.row_of(start))
+        self.bank.row(slot).copy_(self._start if start is None else self._row_from(start))
         self.bank.clear([slot])
 
     def adapter(self, name: str) -> Adapter:

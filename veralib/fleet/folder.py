@@ -20,7 +20,7 @@ from ..training.folder import write_json
 from .settings import FleetSettings
 
 # What may differ between two runs into one folder: none of it changes what an owner's adapter becomes.
-FREE = {"output", "data", "split", "data_config", "slots", "batch_rows", "plot", "keep_data", "store", "store_kind", "precision"}
+FREE = {"output", "data", "split", "data_config", "slots", "batch_rows", "plot", "keep_data", "store_kind", "precision"}
 TENSORS = ("row", "exp_avg", "exp_avg_sq", "best_row")
 
 
@@ -91,14 +91,18 @@ def add_ended(folder: Path, rank: int, line: Mapping[str, Any]) -> None:
         raise StateError(f"can't write {path}: {e.strerror or e}. What ended before is kept: free space, run again.") from e
 
 
-def save_standing(folder: Path, rank: int, state: Mapping[str, Mapping[str, Any]]) -> None:
+def standing_file(folder: Path, whose: int | str) -> Path:
+    """Of a process, by its rank; "shared": of the shared start."""
+    return folder / (f"standing-{whose}.safetensors" if isinstance(whose, int) else f"{whose}-standing.safetensors")
+
+
+def save_standing(path: Path, state: Mapping[str, Mapping[str, Any]]) -> None:
     """Where those in a slot stand, in place of what was there."""
     tensors: dict[str, torch.Tensor] = {}
     numbers = []
     for i, (name, mine) in enumerate(state.items()):
         tensors |= {f"{i}.{k}": v for k, v in mine.items() if k in TENSORS}
         numbers.append({"name": name, **{k: v for k, v in mine.items() if k not in TENSORS}})
-    path = folder / f"standing-{rank}.safetensors"
     partial = path.with_suffix(".partial")
     try:
         save_file(tensors, partial, metadata={"owners": json.dumps(numbers)})
@@ -109,10 +113,10 @@ def save_standing(folder: Path, rank: int, state: Mapping[str, Mapping[str, Any]
         raise StateError(f"can't write {path}: {e.strerror or e}. What ended before is kept: free space, run again.") from e
 
 
-def standing(folder: Path) -> dict[str, dict[str, Any]]:
-    """Owner -> state, of every process of an interrupted run."""
+def standing(folder: Path, shared: bool = False) -> dict[str, dict[str, Any]]:
+    """Owner -> state, of every process of an interrupted run; or of its shared start."""
     found: dict[str, dict[str, Any]] = {}
-    for path in sorted(folder.glob("standing-*.safetensors")):
+    for path in sorted(folder.glob("shared-standing.safetensors" if shared else "standing-*.safetensors")):
         with safe_open(path, "pt") as f:
             for i, numbers in enumerate(json.loads(f.metadata()["owners"])):
                 tensors: dict[str, torch.Tensor] = {k: f.get_tensor(f"{i}.{k}") for k in TENSORS if f"{i}.{k}" in f.keys()}  # noqa: SIM118
@@ -122,5 +126,5 @@ def standing(folder: Path) -> dict[str, dict[str, Any]]:
 
 def forget_standing(folder: Path) -> None:
     """Nobody is in a slot any more."""
-    for path in folder.glob("standing-*.safetensors"):
+    for path in folder.glob("*standing*.safetensors"):
         path.unlink(missing_ok=True)

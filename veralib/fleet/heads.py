@@ -1,6 +1,6 @@
 """Classification heads of a fleet: each owner's own, or one from the shared start, frozen."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,10 +18,12 @@ class Heads:
     names: tuple[str, ...]
     per_owner: bool
 
-    def config(self, config: VeraConfig, shared: bool = False) -> VeraConfig:
-        """What a fleet trains: the heads too where they are each owner's, and in the shared start."""
-        names = (*config.train_modules, *self.names) if self.per_owner or shared else config.train_modules
-        return replace(config, train_modules=tuple(dict.fromkeys(names)))
+    def config(self, config: VeraConfig, start: Adapter | None = None, shared: bool = False) -> VeraConfig:
+        """What a fleet trains: the heads too where they are each owner's, and in the shared start. Under a frozen head, the
+        layers of `start`: "all-linear" would take in those of the head itself."""
+        if self.names and not self.per_owner and not shared:
+            return config if start is None else replace(config, targets=tuple(start.vectors), layers=None)
+        return replace(config, train_modules=tuple(dict.fromkeys((*config.train_modules, *self.names))))
 
     def settle(self, model: Any, start: Adapter | None) -> Adapter | None:
         """The adapter that owners begin from. A frozen head goes into the base model, out of the adapter."""
@@ -40,16 +42,22 @@ class Heads:
         return replace(adapter, config=config, modules={**adapter.modules, **{n: start.modules[n] for n in self.names}})
 
 
-def labels_of(settings: FleetSettings, owners: Iterable[Sequence[Row]]) -> tuple[str, ...]:
+def labels_of(settings: FleetSettings, owners: Mapping[str, Sequence[Row]]) -> tuple[str, ...]:
     """The labels of all owners' rows, in order; none for other tasks. DataError where there are fewer than two."""
     if settings.task != "classification":
         return ()
-    found = {str(row[settings.label]) for rows in owners for row in rows if row.get(settings.label) not in (None, "")}
+    found, there = set(), set()
+    for name in owners:
+        try:
+            rows = owners[name]
+        except DataError:
+            continue  # a file that can't be read: its owner is left out, and named, later
+        found |= {str(row[settings.label]) for row in rows if row.get(settings.label) not in (None, "")}
+        there |= {str(c) for row in rows[:1] for c in row}
     if len(found) < 2:
-        there = sorted({str(c) for rows in owners for row in rows[:1] for c in row})
         raise DataError(
-            f'column "{settings.label}" holds {len(found)} labels, expected two or more. Columns there: {", ".join(there)}. Name '
-            "the label column with label."
+            f'column "{settings.label}" holds {len(found)} labels, expected two or more. Columns there: '
+            f"{', '.join(sorted(there))}. Name the label column with label."
         )
     return ordered(found)
 

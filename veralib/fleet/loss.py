@@ -47,9 +47,17 @@ def owner_losses(
     return out
 
 
-def owner_loss(logits: Tensor, labels: Tensor, owners: Sequence[str | None], counts: Mapping[str, int] | None = None) -> Tensor:
-    """The sum of owner_losses over the owners: what to call backward on."""
+def owner_loss(
+    logits: Tensor,
+    labels: Tensor,
+    owners: Sequence[str | None],
+    counts: Mapping[str, int] | None = None,
+    weights: Mapping[str, float] | None = None,
+) -> Tensor:
+    """The sum of owner_losses over the owners: what to call backward on. weights: each one's factor, a loss scale say."""
     losses = owner_losses(logits, labels, owners, counts)
     if not losses:
         raise ConfigError("every row of this batch is the base model's: there is no owner to train.")
+    if weights is not None:
+        losses = {owner: loss * weights[owner] for owner, loss in losses.items()}
     return torch.stack(list(losses.values())).sum()

@@ -30,7 +30,7 @@ class StepReport:
 
     moved: tuple[str, ...]
     skipped: tuple[str, ...] = ()
-    """Overflowed under a loss scale: tried again at a smaller one."""
+    """Overflowed under their loss scale: tried again at half of it."""
     diverged: tuple[str, ...] = ()
     """NaN or inf without a loss scale, or too often with one."""
 
@@ -41,7 +41,8 @@ class FleetAdamW:
     Only owners whose rows took part in a backward since zero_grad() move, decay and count a step. lr, warmup and schedule apply
     to an owner's own steps out of its own total: total_steps, or what plan(name, steps) says. max_norm clips each owner's
     gradient by its own norm. lr_head: of modules trained in full (train_modules), which each owner has a copy of; left out, lr.
-    loss_scale, for fp16: multiply the loss by optimizer.loss_scale; an owner that overflows skips.
+    loss_scale, for fp16: where each owner's own begins; owner_loss(…, weights=optimizer.loss_scales) multiplies by it, and an
+    owner that overflows skips its step and halves its own.
     The arithmetic is torch.optim.AdamW(fused=True)'s, row by row.
     """
 
@@ -73,13 +74,14 @@ class FleetAdamW:
         self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
         self.lr_head = lr if lr_head is None else lr_head
         self.max_norm, self.schedule, self.warmup, self.total_steps = max_norm, schedule, warmup, total_steps
-        self.loss_scale, self._clean = loss_scale, 0
+        self.loss_scale = loss_scale
         table = fleet.bank.table
         self.exp_avg = torch.zeros_like(table)
         self.exp_avg_sq = torch.zeros_like(table)
         slots = fleet.bank.slots
         self._steps = torch.zeros(slots, dtype=torch.float32, device=table.device)  # torch's fused step counts in float32
         self._taken, self._totals, self._skips = [0] * slots, [total_steps] * slots, [0] * slots
+        self._scales, self._clean = [loss_scale or 1.0] * slots, [0] * slots
         self._generation = list(fleet.bank.generation)
 
     # An owner's own state
@@ -93,6 +95,13 @@ class FleetAdamW:
         """Steps that this owner has taken."""
         return self._taken[self._fresh(self.fleet.slot(name))]
 
+    @property
+    def loss_scales(self) -> dict[str, float] | None:
+        """Owner -> what its loss is to be multiplied by; None without loss_scale."""
+        if self.loss_scale is None:
+            return None
+        return {name: self._scales[self._fresh(slot)] for slot, name in self.fleet.by_slot().items()}
+
     def lr_of(self, name: str) -> float:
         """The learning rate of this owner's next step."""
         return self._rate(self._fresh(self.fleet.slot(name)))
@@ -101,13 +110,15 @@ class FleetAdamW:
         """A copy of what resuming this owner needs: step, total, exp_avg, exp_avg_sq (the table's width,)."""
         slot = self._fresh(self.fleet.slot(name))
         moments = {"exp_avg": self.exp_avg[slot].cpu().clone(), "exp_avg_sq": self.exp_avg_sq[slot].cpu().clone()}
-        return {"step": self._taken[slot], "total": self._totals[slot], **moments}
+        scale = {"scale": self._scales[slot], "clean": self._clean[slot]}
+        return {"step": self._taken[slot], "total": self._totals[slot], **scale, **moments}
 
     def load_state_of(self, name: str, state: Mapping[str, Any]) -> None:
         """Goes on where state_of left this owner."""
         slot = self._fresh(self.fleet.slot(name))
         self._taken[slot], self._totals[slot] = int(state["step"]), state["total"]
         self._steps[slot] = self._taken[slot]
+        self._scales[slot], self._clean[slot] = float(state["scale"]), int(state["clean"])
         self.exp_avg[slot].copy_(state["exp_avg"])
         self.exp_avg_sq[slot].copy_(state["exp_avg_sq"])
 
@@ -116,6 +127,7 @@ class FleetAdamW:
         if self._generation[slot] != self.fleet.bank.generation[slot]:
             self._generation[slot] = self.fleet.bank.generation[slot]
             self._taken[slot], self._totals[slot], self._skips[slot] = 0, self.total_steps, 0
+            self._scales[slot], self._clean[slot] = self.loss_scale or 1.0, 0
             for state in (self.exp_avg[slot], self.exp_avg_sq[slot], self._steps[slot]):
                 state.zero_()
         return slot
@@ -149,7 +161,7 @@ class FleetAdamW:
         if self.fleet.trained is not None:
             torch._foreach_mul_(gradients, [self.fleet.trained] * len(gradients))
         if self.loss_scale is not None:
-            torch._foreach_div_(gradients, self.loss_scale)
+            torch._foreach_div_(gradients, [self._scales[s] for s in slots])
         norms = torch.stack(torch._foreach_norm(gradients)).tolist()
         moved: list[str] = []
         skipped: list[str] = []
@@ -157,6 +169,7 @@ class FleetAdamW:
         for slot, g, norm in zip(slots, gradients, norms, strict=True):
             if not math.isfinite(norm):
                 self._skips[slot] += 1
+                self._scales[slot], self._clean[slot] = self._scales[slot] / 2, 0
                 give_up = self.loss_scale is None or self._skips[slot] >= MAX_SKIPS
                 (diverged if give_up else skipped).append(names[slot])
                 continue
@@ -165,12 +178,9 @@ class FleetAdamW:
             self._skips[slot] = 0
             self._move(slot, g)
             moved.append(names[slot])
-        if self.loss_scale is not None:
-            self._clean = 0 if skipped or diverged else self._clean + 1
-            if not self._clean:
-                self.loss_scale /= 2
-            elif self._clean % GROWTH_STEPS == 0:
-                self.loss_scale *= 2
+            self._clean[slot] += 1
+            if self._clean[slot] % GROWTH_STEPS == 0:
+                self._scales[slot] *= 2
         return StepReport(tuple(moved), tuple(skipped), tuple(diverged))
 
     def _move(self, slot: int, g: Tensor) -> None:

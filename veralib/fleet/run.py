@@ -1,9 +1,10 @@
 """train_fleet: one adapter for every owner of a data set, in a store; what `vera fleet train` runs."""
 
+import contextlib
 import hashlib
 import json
-import math
 import os
+import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,10 +15,11 @@ from typing import Any
 import torch
 
 from ..adapter import Adapter
-from ..errors import ConfigError, StateError
+from ..errors import ConfigError, DataError, StateError
 from ..format import load_adapter, save_adapter
 from ..model import attach
 from ..store import Store, open_store
+from ..store.packed import PackedStore
 from ..training.folder import write_json
 from ..training.loading import Base, load_base
 from ..training.result import hardware, versions
@@ -25,12 +27,14 @@ from ..training.tokens import chat_template
 from . import folder as files
 from .batches import OwnerData
 from .data import OwnerRows, keep_rows, prepare, read_owners
+from .fleet import Fleet
 from .heads import Heads, check_adapters, labels_of
 from .optimizer import FleetAdamW
 from .settings import FleetSettings
 from .trainer import FleetTrainer, OwnerResult, Plan
 
 STANDING_SECONDS = 60.0
+LOSS_SCALE = 2.0**16  # torch.amp.GradScaler's
 Progress = Callable[[str], None]
 
 
@@ -53,8 +57,9 @@ class FleetResult:
     def summary(self) -> dict[str, Any]:
         """Counts and means, for people."""
         trained = [o for o in self.owners.values() if o["status"] != "diverged"]
-        held = [o for o in trained if o["held_out"]]
-        mean = lambda key: sum(o[key] for o in held) / len(held) if held else math.nan  # noqa: E731
+        # A loss that overflowed is written as None.
+        held = [o for o in trained if o["held_out"] and o["loss_before"] is not None and o["loss_after"] is not None]
+        mean = lambda key: sum(o[key] for o in held) / len(held) if held else None  # noqa: E731
         return {
             "owners": len(self.owners),
             "diverged": sorted(n for n, o in self.owners.items() if o["status"] == "diverged"),
@@ -78,30 +83,30 @@ def train_fleet(settings: FleetSettings, rows: OwnerRows | None = None, progress
     rank, world = _join()
     output = Path(settings.output)
     owners = read_owners(settings) if rows is None else rows
-    labels = files.read_labels(output) or labels_of(settings, owners.rows.values())
+    labels = files.read_labels(output) or labels_of(settings, owners.rows)
     if rank == 0:
         files.open_folder(settings, output, labels)
+        (output / "fleet.json").unlink(missing_ok=True)  # it says that a run has finished
     _wait(world)
+    store = _open_store(settings, output)
+    done = files.ended(output)
+    _wait(world)  # before anybody ends one more
     base = _load(settings, labels)
     heads = Heads(base.head, settings.head_per_owner)
-    if settings.store is None:
-        store = open_store(output / "store", settings.store_kind, settings.precision)
-    else:
-        store = open_store(settings.store)
-    done = files.ended(output)
     vera = attach(base.model)
     unusable = dict(owners.unusable)
     shared = _shared_start(settings, owners, base, vera, output, rank, world, progress, labels)
     start = heads.settle(base.model, shared)
     names = [n for n in owners.rows if n not in done]
-    mine = names[rank::world]
-    fleet = vera.fleet(heads.config(settings.vera_config()), min(settings.slots, max(1, len(mine))))
+    mine = [n for i, n in enumerate(owners.rows) if i % world == rank and n not in done]
+    fleet = vera.fleet(heads.config(settings.vera_config(), shared), min(settings.slots, max(1, len(mine))))
     optimizer = _optimizer(settings, fleet, settings.lr)
     trainer = FleetTrainer(fleet, optimizer, _plan(settings), base.tokenizer.pad_token_id or 0, start)
-    trainer.saved = files.standing(output)
-    trainer.on_step = _Standing(output, rank)
+    trainer.on_step = standing = _Standing(output, rank, fleet)
+    trainer.saved = standing.saved()
     for name in mine if settings.keep_data else ():
-        keep_rows(output, name, owners.rows[name])
+        with contextlib.suppress(DataError):  # can't be read: prepare() notes why
+            keep_rows(output, name, owners.rows[name])
     # Those that stood in a slot first, so that what they had is used.
     mine.sort(key=lambda n: n not in trainer.saved)
     source = prepare(owners, mine, base.tokenizer, settings, base.max_length, unusable, labels)
@@ -113,7 +118,7 @@ def train_fleet(settings: FleetSettings, rows: OwnerRows | None = None, progress
                 f"{trainer.tokens / max(1e-9, time.perf_counter() - begun):,.0f} tokens/s"
             )
     tokens, padding, steps = _sum(world, [trainer.tokens, trainer.padding, trainer.steps])
-    _wait(world)
+    unusable = _together(world, unusable)
     result = FleetResult(
         owners=files.ended(output),
         unusable=unusable,
@@ -137,6 +142,8 @@ def _load(settings: FleetSettings, labels: Sequence[str]) -> Base:
     single = settings.row_settings()
     torch.manual_seed(settings.seed)  # a new head starts the same in every process and every run
     base = load_base(single, labels)
+    if torch.cuda.is_available() and not settings.quantise:
+        base.model.to(f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}")
     chat_template(single, base.tokenizer)
     return base
 
@@ -147,7 +154,8 @@ def _plan(settings: FleetSettings) -> Plan:
 
 def _optimizer(settings: FleetSettings, fleet: Any, lr: float) -> FleetAdamW:
     fields = {name: getattr(settings, name) for name in ("weight_decay", "max_norm", "schedule", "warmup")}
-    return FleetAdamW(fleet, lr, lr_head=settings.lr_head or lr / 10, **fields)
+    scale = LOSS_SCALE if settings.dtype == "float16" else None
+    return FleetAdamW(fleet, lr, lr_head=settings.lr_head or lr / 10, loss_scale=scale, **fields)
 
 
 def _shared_start(
@@ -166,13 +174,14 @@ def _shared_start(
         return None
     path = output / "shared.safetensors"
     if rank == 0 and not path.exists():
-        parts = list(prepare(owners, list(owners.rows), base.tokenizer, settings, base.max_length, {}, labels))
-        everybody = OwnerData("shared", [e for p in parts for e in p.train], [e for p in parts for e in p.validation])
+        everybody, count = _everybody(settings, owners, base, labels)
         fleet = vera.fleet(Heads(base.head, False).config(settings.vera_config(), shared=True), 1)
         optimizer = _optimizer(settings, fleet, settings.shared_lr or settings.lr)
         plan = Plan(settings.shared_epochs, settings.batch_rows, settings.batch_rows, None, settings.seed)
         trainer = FleetTrainer(fleet, optimizer, plan, base.tokenizer.pad_token_id or 0)
-        progress(f"shared start: {len(everybody.train)} rows of {len(parts)} owners")
+        trainer.on_step = standing = _Standing(output, "shared", fleet)
+        trainer.saved = standing.saved()
+        progress(f"shared start: {len(everybody.train)} rows of {count} owners")
         ((result, adapter),) = trainer.run([everybody])
         if result.status == "diverged":
             raise StateError("the shared start diverged: lower shared_lr, or train without it (shared_epochs=0).")
@@ -180,6 +189,37 @@ def _shared_start(
         progress(f"shared start: held-out loss {result.loss_before:.4f} -> {result.loss_after:.4f}")
     _wait(world)
     return load_adapter(path)
+
+
+def _everybody(settings: FleetSettings, owners: OwnerRows, base: Base, labels: Sequence[str]) -> tuple[OwnerData, int]:
+    """Examples of all owners as one owner's, and of how many; at most shared_examples of them, the same share of each."""
+    chooser = random.Random(settings.seed)
+    kept: list[tuple[float, bool, Any]] = []
+    limit, count = 1.0, 0
+    for part in prepare(owners, list(owners.rows), base.tokenizer, settings, base.max_length, {}, labels):
+        count += 1
+        for held_out, examples in ((False, part.train), (True, part.validation)):
+            kept += [(place, held_out, e) for e in examples if (place := chooser.random()) < limit]
+        if len(kept) > 2 * settings.shared_examples:  # the lowest places of all so far: an even draw in bounded memory
+            limit = sorted(place for place, *_ in kept)[settings.shared_examples]
+            kept = [k for k in kept if k[0] < limit]
+    if len(kept) > settings.shared_examples:
+        limit = sorted(place for place, *_ in kept)[settings.shared_examples]
+        kept = [k for k in kept if k[0] < limit]
+    train, validation = ([e for _, h, e in kept if h == which] for which in (False, True))
+    return OwnerData("shared", train, validation), count
+
+
+def _open_store(settings: FleetSettings, output: Path) -> Store:
+    """The run's store; a new one of the kind and precision asked for. ConfigError for a packed one on several machines."""
+    given = {name: getattr(settings, name) for name in ("store_kind", "precision") if name in settings.model_fields_set}
+    store = open_store(settings.store or output / "store", given.get("store_kind"), given.get("precision"))
+    if isinstance(store, PackedStore) and int(os.environ.get("WORLD_SIZE", 1)) > int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
+        raise ConfigError(
+            "a packed store is for one machine: its index can't lie on a network file system. On several machines give "
+            "store_kind=folder, or an fsspec URL with store."
+        )
+    return store
 
 
 def _enter(result: OwnerResult, adapter: Adapter, store: Store, output: Path, rank: int, owners: OwnerRows) -> None:
@@ -199,15 +239,23 @@ def rows_hash(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 class _Standing:
-    """Writes where the owners in a slot stand, every STANDING_SECONDS."""
+    """Writes where the owners in a slot stand, every STANDING_SECONDS; whose: a process's rank, or "shared"."""
 
-    def __init__(self, output: Path, rank: int) -> None:
-        self.output, self.rank, self.last = output, rank, time.monotonic()
+    def __init__(self, output: Path, whose: int | str, fleet: Fleet) -> None:
+        self.output, self.whose, self.last = output, whose, time.monotonic()
+        hashes = fleet.vera.inside.hashes_of(fleet.bank.layout.by_layer)
+        self.base = hashlib.sha256(repr(sorted(hashes.items())).encode()).hexdigest()[:16]
 
     def __call__(self, trainer: FleetTrainer) -> None:
         if time.monotonic() - self.last >= STANDING_SECONDS:
-            files.save_standing(self.output, self.rank, trainer.state())
+            state = {name: {**mine, "base": self.base} for name, mine in trainer.state().items()}
+            files.save_standing(files.standing_file(self.output, self.whose), state)
             self.last = time.monotonic()
+
+    def saved(self) -> dict[str, dict[str, Any]]:
+        """What an interrupted run left, on these base weights."""
+        found = files.standing(self.output, shared=self.whose == "shared")
+        return {name: state for name, state in found.items() if state["base"] == self.base}
 
 
 def update_owner(folder: str | Path, owner: str, rows: Sequence[Mapping[str, Any]], progress: Progress = print) -> OwnerResult:
@@ -240,8 +288,11 @@ def update_owner(folder: str | Path, owner: str, rows: Sequence[Mapping[str, Any
     if not data:
         raise ConfigError(f'owner "{owner}" can\'t train: {unusable[owner]}')
     ((result, adapter),) = trainer.run(data)
+    if result.status == "diverged":
+        progress(f'"{owner}" diverged: its gradient wasn\'t finite. What is in the store stays. Lower the learning rate.')
+        return result
     _enter(result, heads.whole(adapter, before), store, output, 0, mine)
-    if result.status != "diverged" and settings.keep_data:
+    if settings.keep_data:
         keep_rows(output, owner, together)
     progress(f'"{owner}": {result.examples} examples, loss {result.loss_before:.4f} -> {result.loss_after:.4f}, {result.status}')
     return result
@@ -262,6 +313,15 @@ def _join() -> tuple[int, int]:
 def _wait(world: int) -> None:
     if world > 1:
         torch.distributed.barrier()
+
+
+def _together(world: int, mine: dict[str, str]) -> dict[str, str]:
+    """Every process's entries."""
+    if world == 1:
+        return mine
+    parts: list[Any] = [None] * world
+    torch.distributed.all_gather_object(parts, mine)
+    return {k: v for part in parts for k, v in part.items()}
 
 
 def _sum(world: int, numbers: Sequence[int]) -> list[int]:

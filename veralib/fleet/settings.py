@@ -64,6 +64,7 @@ class FleetSettings(BaseModel):
     shared_epochs: float = Field(
         0.0, ge=0, description="First one adapter on everybody's rows for so many passes; each owner starts from it. 0: none."
     )
+    shared_examples: int = Field(100_000, gt=0, description="Examples that the shared start reads at most, an even draw of all.")
     shared_lr: float | None = Field(None, gt=0, description="Learning rate of the shared start; left out: lr.")
     store: str | None = Field(None, description="Store to put the adapters in; left out: OUTPUT/store.")
     store_kind: Literal["folder", "packed"] = Field("folder", description="Form of a new store.")

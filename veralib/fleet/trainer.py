@@ -1,7 +1,6 @@
 """FleetTrainer: any number of owners through a fleet of a few hundred slots, each with its own steps, end and held-out loss."""
 
 import math
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -92,16 +91,16 @@ class FleetTrainer:
         """Mixed batches so far, and their tokens, padding counted apart."""
         self.on_step: Callable[[FleetTrainer], None] | None = None
         self.saved: dict[str, dict[str, Any]] = {}
-        """States of owners that an earlier process had begun: whoever is in it goes on where state() left it."""
+        """States of owners that an earlier process had begun: whoever is in it, with the same rows, goes on from there."""
+        self._waiting: Iterator[OwnerData] = iter(())
 
     def run(self, owners: Iterable[OwnerData]) -> Iterator[tuple[OwnerResult, Adapter]]:
-        """Every owner's result and adapter, in the order in which they end."""
-        queue = deque(owners)
+        """Every owner's result and adapter, in the order in which they end. An owner is asked for when a slot is free for it."""
+        self._waiting = iter(owners)
         was_training = self.model.training
         self.model.eval()
         try:
-            while queue or self.running:
-                self._admit(queue)
+            while self._admit():
                 yield from self._step()
         finally:
             self.model.train(was_training)
@@ -109,22 +108,24 @@ class FleetTrainer:
                 self.fleet.remove(name)
             self.running.clear()
 
-    def _admit(self, queue: deque[OwnerData]) -> None:
+    def _admit(self) -> bool:
+        """Fills the free slots; False where nobody is left."""
         entered = []
-        while queue and self.fleet.free:
-            data = queue.popleft()
+        while self.fleet.free and (data := next(self._waiting, None)) is not None:
             if not data.train:
                 raise ConfigError(f'owner "{data.name}" has no rows to train on: leave it out.')
             self.fleet.add(data.name, start=self.start)
             order = Order(data, self.plan.owner_rows, self.plan.epochs, self.plan.seed)
             self.optimizer.plan(data.name, order.total)
             self.running[data.name] = _Running(order)
-            if (state := self.saved.pop(data.name, None)) is not None and state["total"] == order.total:
+            state = self.saved.pop(data.name, None)
+            if state is not None and state["total"] == order.total and state["rows"] == data.fingerprint():
                 self._go_on(data.name, state)
             else:
                 entered.append(data.name)
         for name, score in self.held_out_scores(entered if self.plan.measure else ()).items():
             self.running[name].before = score.loss
+        return bool(self.running)
 
     def state(self) -> dict[str, dict[str, Any]]:
         """What each owner in a slot needs to go on in another process: numbers and CPU tensors."""
@@ -133,7 +134,8 @@ class FleetTrainer:
             row = self.fleet.bank.row(self.fleet.slot(name)).cpu().clone()
             best = {} if mine.best_row is None else {"best_row": mine.best_row.cpu()}
             numbers = {k: getattr(mine, k) for k in ("before", "best", "epochs_without", "ghost")}
-            out[name] = {**self.optimizer.state_of(name), **numbers, **best, "row": row, "taken": mine.order.taken}
+            place = {"taken": mine.order.taken, "rows": mine.order.data.fingerprint()}
+            out[name] = {**self.optimizer.state_of(name), **numbers, **best, **place, "row": row}
         return out
 
     def _go_on(self, name: str, state: Mapping[str, Any]) -> None:
@@ -158,7 +160,7 @@ class FleetTrainer:
         batch = self._batch(examples)
         with self.fleet.vera.rows(owners):
             logits = logits_of(self.model, batch)
-        owner_loss(logits, batch["labels"], owners).mul(self.optimizer.loss_scale or 1.0).backward()
+        owner_loss(logits, batch["labels"], owners, weights=self.optimizer.loss_scales).backward()
         report = self.optimizer.step()
         self.optimizer.zero_grad()
         self.steps += 1

@@ -36,6 +36,8 @@ def open_store(
     root = Path(text.removeprefix("file://"))
     files: Files = LocalFiles(root) if local else RemoteFiles(text, options)
     about = _read_about(files, text)
+    if about is None and files.list(""):
+        about = _read_about(files, text)  # another process may have made it between the two looks
     if about is None:
         if kind not in (None, "folder", "packed"):
             raise ConfigError(f'there is no kind of store "{kind}". Known: "folder", "packed".')

@@ -2,7 +2,7 @@
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,6 +88,11 @@ class Store(ABC):
     @abstractmethod
     def current(self, name: str) -> int:
         """The number of the current version, read from the store. UnknownName."""
+
+    @abstractmethod
+    def stamp(self, name: str) -> Hashable:
+        """What tells the current version from every other that ever was, also from one of the same number that was deleted,
+        read from the store. UnknownName."""
 
     @abstractmethod
     def __len__(self) -> int: ...

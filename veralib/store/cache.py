@@ -3,6 +3,7 @@
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 from ..adapter import Adapter
@@ -31,7 +32,7 @@ class CachedStore:
         self.store = store
         self.max_bytes = max_bytes
         self.check_every = check_every
-        self._held: OrderedDict[str, tuple[int, float, Adapter]] = OrderedDict()
+        self._held: OrderedDict[str, tuple[Hashable, float, Adapter]] = OrderedDict()
         self._bytes = self._hits = self._misses = 0
         self._lock = threading.Lock()
 
@@ -40,34 +41,34 @@ class CachedStore:
         with self._lock:
             held = self._held.get(name)
         if held is not None:
-            version, asked, adapter = held
+            stamp, asked, adapter = held
             now = time.monotonic()
             trusted = now - asked < self.check_every
-            if trusted or self._is_current(name, version):
+            if trusted or self._is_current(name, stamp):
                 with self._lock:
                     self._hits += 1
                     if self._held.get(name) is held:
-                        self._held[name] = (version, asked if trusted else now, adapter)
+                        self._held[name] = (stamp, asked if trusted else now, adapter)
                         self._held.move_to_end(name)
                 return adapter
         return self._fetch(name)
 
-    def _is_current(self, name: str, version: int) -> bool:
+    def _is_current(self, name: str, stamp: Hashable) -> bool:
         try:
-            return self.store.current(name) == version
+            return self.store.stamp(name) == stamp
         except KeyError:
             self.forget(name)
             raise
 
     def _fetch(self, name: str) -> Adapter:
         asked = time.monotonic()
-        version = self.store.current(name)  # before the adapter: a put between the two is then seen at the next get
+        stamp = self.store.stamp(name)  # before the adapter: a put between the two is then seen at the next get
         adapter = self.store.get(name)
         with self._lock:
             self._misses += 1
             self._drop(name)
             if adapter.bytes <= self.max_bytes:
-                self._held[name] = (version, asked, adapter)
+                self._held[name] = (stamp, asked, adapter)
                 self._bytes += adapter.bytes
             while self._bytes > self.max_bytes:
                 self._drop(next(iter(self._held)))

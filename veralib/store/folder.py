@@ -55,6 +55,9 @@ class FolderStore(Store):
     def current(self, name: str) -> int:
         return _number(self._files_of(name)[-1])
 
+    def stamp(self, name: str) -> str:
+        return self._files_of(name)[-1]
+
     def __len__(self) -> int:
         return sum(1 for _ in self.names())
 
@@ -85,7 +88,7 @@ class FolderStore(Store):
             number = _number(known[-1]) + 1 if known else 1
             file = f"{number:012d}-{secrets.token_hex(4)}.vera"
             self.files.write(f"{folder}/{file}", replace(record, version=number).to_bytes())
-            for old in known[: len(known) + 1 - self.keep] if self.keep is not None else ():
+            for old in known[: max(0, len(known) + 1 - self.keep)] if self.keep is not None else ():
                 self.files.remove(f"{folder}/{old}")
             numbers.append(number)
         return numbers

@@ -23,7 +23,7 @@ from ..errors import StoreError
 from .base import Store, Version
 from .codec import Configuration, Precision, digest_of
 from .names import decoded, encoded
-from .record import ADAPTER, HEAD, TOMBSTONE, Record, length_at, parse
+from .record import ADAPTER, FORMAT, HEAD, MAGIC, TOMBSTONE, Record, length_at, parse
 
 SEGMENT_BYTES = 2**30  # a new file is begun when the last one is this large
 _TABLES = """
@@ -49,6 +49,8 @@ class PackedStore(Store):
         self._mapping = threading.Lock()
         self.recovered = 0
         """Records that the index lacked when the store was opened: written by somebody who was killed."""
+        self.damaged = 0
+        """Places among them that hold no whole record, and were passed over."""
         with self._exclusive() as index:
             self._recover(index)
 
@@ -64,6 +66,16 @@ class PackedStore(Store):
             del self._local.index
 
     # Asked
+
+    def stamp(self, name: str) -> tuple[int, int]:
+        row = (
+            self._index()
+            .execute("SELECT segment, place FROM adapters WHERE name = ? ORDER BY version DESC LIMIT 1", (encoded(name),))
+            .fetchone()
+        )
+        if row is None:
+            raise self._unknown(name)
+        return row
 
     def current(self, name: str) -> int:
         found = self._index().execute("SELECT max(version) FROM adapters WHERE name = ?", (encoded(name),)).fetchone()[0]
@@ -169,23 +181,39 @@ class PackedStore(Store):
         """Writes what is still wanted into new files and removes the old ones; returns how many bytes that freed."""
         with self._exclusive() as index:
             before = self._bytes()
-            old = [n for (n,) in index.execute("SELECT number FROM segments")]
-            index.execute("INSERT INTO segments VALUES(?, 0, 0)", (max(old, default=0) + 1,))
+            old = [n for (n,) in index.execute("SELECT number FROM segments WHERE dead = 0")]
             rows = index.execute("SELECT name, version, segment, place, length FROM adapters ORDER BY segment, place").fetchall()
+            first = index.execute("SELECT ifnull(max(number), 0) + 1 FROM segments").fetchone()[0]
+            new = range(first, first + 1 + sum(length for *_, length in rows) // SEGMENT_BYTES)
+            # The new files count as dead until all is in them: should this end halfway, nobody takes them for the truth.
+            index.executemany("INSERT INTO segments VALUES(?, 0, 1)", [(n,) for n in new])
+            index.execute("COMMIT")
+            index.execute("PRAGMA wal_checkpoint(FULL)")
+            index.execute("BEGIN IMMEDIATE")
+            number, size = first, 0
             for k in range(0, len(rows), 4096):
                 part = [(name, version, bytes(self._slice(*place))) for name, version, *place in rows[k : k + 4096]]
-                index.executemany("INSERT OR REPLACE INTO adapters VALUES(?, ?, ?, ?, ?)", self._append(index, part))
-            # Marked in the same transaction: after a crash the next opening removes them rather than reading them again.
+                if size > SEGMENT_BYTES and number + 1 in new:
+                    number, size = number + 1, 0
+                found = self._append(index, part, number, size)
+                size = found[-1][3] + found[-1][4]
+                index.executemany("INSERT OR REPLACE INTO adapters VALUES(?, ?, ?, ?, ?)", found)
             index.executemany("UPDATE segments SET dead = 1 WHERE number = ?", [(n,) for n in old])
+            index.executemany("UPDATE segments SET dead = 0 WHERE number = ? AND size > 0", [(n,) for n in new])
         with self._exclusive() as index:
             self._remove_dead(index)
             return before - self._bytes()
 
-    def _append(self, index: sqlite3.Connection, records: list[tuple[bytes, int, bytes]]) -> list[tuple]:
-        """Records behind the last file's end, on the disk when it returns; their rows for the index."""
-        number, size = index.execute("SELECT number, size FROM segments ORDER BY number DESC LIMIT 1").fetchone() or (0, 0)
-        if number == 0 or size > SEGMENT_BYTES:
-            number, size = number + 1, 0
+    def _append(
+        self, index: sqlite3.Connection, records: list[tuple[bytes, int, bytes]], number: int | None = None, size: int = 0
+    ) -> list[tuple]:
+        """Records behind the last file's end, or behind `size` bytes of file `number`, on the disk when it returns; their rows
+        for the index."""
+        if number is None:
+            last = index.execute("SELECT number, size FROM segments WHERE dead = 0 ORDER BY number DESC LIMIT 1").fetchone()
+            number, size = last or (0, 0)
+            if last is None or size > SEGMENT_BYTES:
+                number, size = index.execute("SELECT ifnull(max(number), 0) + 1 FROM segments").fetchone()[0], 0
         path, rows, end = self._data(number), [], size
         try:
             with open(path, "ab") as f:
@@ -204,6 +232,7 @@ class PackedStore(Store):
         except OSError as e:
             why = "the disk is full" if e.errno == errno.ENOSPC else e.strerror or str(e)
             raise StoreError(f"can't write {path}: {why}. What was there before is unchanged.") from e
+        assert number is not None
         index.execute(
             "INSERT INTO segments VALUES(?, ?, 0) ON CONFLICT(number) DO UPDATE SET size = excluded.size", (number, end)
         )
@@ -250,15 +279,24 @@ class PackedStore(Store):
                 )
 
     def _scan(self, index: sqlite3.Connection, number: int, place: int) -> int:
-        """Enters the complete records from `place` on; where they end."""
+        """Enters the complete records from `place` on; where the last of them ends. Damaged ones are passed over: what is behind
+        the last whole one was never written whole, and _append writes over it. StoreError for a newer format."""
         data = self._data(number).read_bytes() if place == 0 else self._tail(number, place)
-        at = 0
+        where = str(self._data(number))
+        at = end = 0
         while at + HEAD.size <= len(data):
+            if at == end and data[at : at + len(MAGIC)] == MAGIC and data[at + len(MAGIC)] > FORMAT:
+                length_at(data[at : at + HEAD.size], where)  # says which format, and what to do
             try:
-                length = length_at(data[at : at + HEAD.size], str(self._data(number)))
-                record = parse(data[at : at + length], str(self._data(number)))
+                length = length_at(data[at : at + HEAD.size], where)
+                record = parse(data[at : at + length], where)
             except StoreError:
-                break  # cut, or never written whole: _append writes over it
+                following = data.find(MAGIC, at + 1)
+                if following < 0:
+                    break
+                self.damaged += end == at
+                at = following
+                continue
             name = encoded(record.name)
             if record.kind == ADAPTER:
                 row = (name, record.version, number, place + at, length)
@@ -266,8 +304,8 @@ class PackedStore(Store):
                 self.recovered += 1
             elif record.kind == TOMBSTONE:
                 index.execute("DELETE FROM adapters WHERE name = ? AND version <= ?", (name, record.version))
-            at += length
-        return place + at
+            at = end = at + length
+        return place + end
 
     def _tail(self, number: int, place: int) -> bytes:
         with open(self._data(number), "rb") as f:
