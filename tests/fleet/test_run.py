@@ -1,5 +1,6 @@
 """vera fleet train: every owner gets an adapter of its own, whoever else is there and however often it was interrupted."""
 
+import itertools
 import json
 import os
 import random
@@ -12,16 +13,19 @@ import torch
 from typer.testing import CliRunner
 
 from tests.training import tiny
-from veralib import ConfigError, DataError, StateError, UnknownName, VeraConfig, attach
+from veralib import AdapterMismatch, ConfigError, DataError, StateError, UnknownName, VeraConfig, attach, load_adapter
 from veralib.cli import build
 from veralib.fleet import FleetAdamW
+from veralib.fleet import folder as files
+from veralib.fleet import run as run_module
 from veralib.fleet.batches import Order, OwnerData, choose
-from veralib.fleet.data import read_owners
-from veralib.fleet.run import train_fleet, update_owner
+from veralib.fleet.data import owner_data, read_owners
+from veralib.fleet.run import FleetResult, train_fleet, update_owner
 from veralib.fleet.settings import FleetSettings
-from veralib.fleet.trainer import FleetTrainer, Plan
+from veralib.fleet.trainer import FleetTrainer, OwnerResult, Plan
 from veralib.store import open_store
 from veralib.training.data import read_rows
+from veralib.training.loading import Base
 
 SIZES = {"ann": 40, "bob": 5, "c/../d": 17, "🦆": 9, "eve": 23, "one": 1}
 
@@ -73,7 +77,8 @@ def test_every_owner_gets_an_adapter_and_improves(settings):
         assert owner["status"] == "trained" and owner["examples"] + owner["held_out"] == count
         assert owner["steps"] == 2 * -(-owner["examples"] // 4)  # the epochs asked for, few rows or many
         assert owner["loss_after"] < owner["loss_before"]
-    assert result.owners["ann"]["held_out"] == 8 and result.owners["one"]["held_out"] == 0
+    assert all(1 <= result.owners[n]["held_out"] < result.owners[n]["examples"] for n in SIZES if n != "one")
+    assert result.owners["one"]["held_out"] == 0
     written = json.loads((Path(settings.output) / "fleet.json").read_text())
     assert written["owners"] == dict(result.owners) and written["summary"]["improved"] == 5  # "one" has nothing held out
     # What the file says is what the adapter does, through transformers alone.
@@ -156,11 +161,29 @@ def test_two_processes_train_what_one_does(settings, tmp_path):
         two, launcher=("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "tests.fleet.worker")
     )
     assert done.returncode == 0, done.stderr
-    assert len(list((tmp_path / "fleet").glob("owners-*.jsonl"))) == 2
+    lines = [f.read_text().splitlines() for f in (tmp_path / "fleet").glob("owners-*.jsonl")]
+    assert sorted(map(len, lines)) == [3, 3]  # each owner in one process
     first, second = open_store(tmp_path / "whole/store"), open_store(tmp_path / "fleet/store")
     assert sorted(second.names()) == sorted(SIZES)
     for name in SIZES:
         torch.testing.assert_close(flat(first, name), flat(second, name), rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_with_a_run_that_one_began(settings, rows, tmp_path):
+    """Some owners are done, some can't train: everyone is trained once or named, whichever process would have had them."""
+    few = tiny.write_jsonl(tmp_path / "few.jsonl", [r for r in read_rows(rows) if r["owner"] in ("ann", "bob")])
+    train_fleet(changed(settings, data=str(few), epochs=1))
+    with open(rows, "a") as f:
+        f.writelines(json.dumps({"owner": o, "text": None}) + "\n" for o in ("empty", "empty too"))
+        f.writelines(json.dumps(r) + "\n" for o in ("new", "newer", "newest") for r in sentences(o, 5))
+    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "tests.fleet.worker")
+    done = worker(changed(settings, epochs=1), launcher=launcher)
+    assert done.returncode == 0, done.stderr
+    store, written = open_store(tmp_path / "fleet/store"), json.loads((tmp_path / "fleet/fleet.json").read_text())
+    everyone = {*SIZES, "new", "newer", "newest"}
+    assert set(store.names()) == set(written["owners"]) == everyone and all(store.current(n) == 1 for n in everyone)
+    assert set(written["unusable"]) == {"empty", "empty too"}
 
 
 def test_shared_start_is_where_everyone_begins(settings):
@@ -171,6 +194,150 @@ def test_shared_start_is_where_everyone_begins(settings):
         assert result.owners[name]["loss_before"] < alone.owners[name]["loss_before"]
     again = attach(__import__("transformers").AutoModelForCausalLM.from_pretrained(settings.model))
     again.load(Path(settings.output) / "shared.safetensors", name="shared")
+
+
+def test_a_shared_start_that_was_killed_goes_on(settings, tmp_path):
+    shared = changed(settings, shared_epochs=6, epochs=1)
+    train_fleet(changed(shared, output=str(tmp_path / "whole")))
+    assert worker(shared, "9").returncode == -9
+    assert (tmp_path / "fleet/shared-standing.safetensors").exists()
+    done = worker(shared)
+    assert done.returncode == 0, done.stderr
+    first, second = (load_adapter(tmp_path / f / "shared.safetensors").vectors for f in ("whole", "fleet"))
+    for unit, pair in first.items():
+        for one, other in zip(pair, second[unit], strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=2e-5)
+    assert not list((tmp_path / "fleet").glob("*standing*"))
+
+
+def test_a_shared_start_reads_no_more_than_it_may(settings, base):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    loaded = Base(AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base), (), 64)
+    owners = read_owners(settings)
+    everything, count = run_module._everybody(settings, owners, loaded, ())
+    some, _ = run_module._everybody(changed(settings, shared_examples=20), owners, loaded, ())
+    assert count == len(SIZES) and len(everything.train) + len(everything.validation) == sum(SIZES.values())
+    assert len(some.train) + len(some.validation) == 20 and all(e in everything.train for e in some.train)
+
+
+# What earlier rows and base weights mean
+
+
+def test_what_trained_once_is_never_held_out_later(settings):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(settings.model)
+    mine = [{"text": " ".join(p)} for p in itertools.permutations(["the", "cat", "likes", "red"])]
+    ids = lambda examples: {tuple(e["input_ids"]) for e in examples}  # noqa: E731
+    made = lambda rows: owner_data("ann", rows, tokenizer, settings, settings.row_settings(), 64)  # noqa: E731
+    before = made(mine[:8])
+    for count in range(9, 25):
+        after = made(mine[:count])
+        assert not ids(before.train) & ids(after.validation) and len(after.train) + len(after.validation) == count
+        before = after
+    assert 1 <= len(before.validation) <= 12
+
+
+def test_a_standing_state_of_other_rows_or_weights_is_not_used(settings, rows, tmp_path):
+    assert worker(settings, "4").returncode == -9
+    standing = files.standing(tmp_path / "fleet")
+    name, state = next(iter(standing.items()))
+    everything = read_rows(rows)
+    for row in everything:  # as many rows, and so as many steps, of which one is another
+        if row["owner"] == name:
+            row["text"] = "the dog eats the tree and the dog eats the tree"
+            break
+    tiny.write_jsonl(rows, everything)
+    fresh = changed(settings, output=str(tmp_path / "fresh"))
+    train_fleet(fresh)
+    train_fleet(settings)
+    first, second = open_store(tmp_path / "fresh/store"), open_store(tmp_path / "fleet/store")
+    torch.testing.assert_close(flat(first, name), flat(second, name), rtol=1e-3, atol=2e-5)
+    from transformers import AutoModelForCausalLM
+
+    fleet = attach(AutoModelForCausalLM.from_pretrained(settings.model)).fleet(settings.vera_config(), 1)
+    files.save_standing(files.standing_file(tmp_path / "fleet", 0), {name: {**state, "base": "other weights"}})
+    assert run_module._Standing(tmp_path / "fleet", 0, fleet).saved() == {}
+
+
+def test_an_owner_begins_on_no_other_weights_than_its_start(settings, tmp_path):
+    train_fleet(settings)
+    adapter = open_store(tmp_path / "fleet/store").get("ann")
+    from transformers import AutoModelForCausalLM
+
+    other = AutoModelForCausalLM.from_pretrained(settings.model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.1)
+    fleet = attach(other).fleet(settings.vera_config(), 1)
+    with pytest.raises(AdapterMismatch, match="other weights"):
+        fleet.add("ann", start=adapter)
+    assert fleet.free == 1
+
+
+def test_owners_are_read_when_a_slot_is_free(settings, tmp_path, base):
+    folder = tmp_path / "owners"
+    folder.mkdir()
+    for owner in ("ann", "bob", "cat"):
+        tiny.write_jsonl(folder / f"{owner}.jsonl", sentences(owner, 5))
+    (folder / "broken.jsonl").write_text("{")
+    read = []
+    owners = read_owners(changed(settings, data=str(folder)))
+    assert len(owners.rows) == 4
+    vera = attach(__import__("transformers").AutoModelForCausalLM.from_pretrained(base))
+    fleet = vera.fleet(settings.vera_config(), 1)
+    trainer = FleetTrainer(fleet, FleetAdamW(fleet), Plan(epochs=1))
+
+    def source():
+        for data in make_data({"ann": 5, "bob": 5, "cat": 5}):
+            read.append(data.name)
+            yield data
+
+    seen = []
+    for result, _ in trainer.run(source()):
+        seen.append((result.name, len(read)))
+    assert seen == [("ann", 1), ("bob", 2), ("cat", 3)]
+    found = train_fleet(changed(settings, data=str(folder), output=str(tmp_path / "by file")))
+    assert set(found.owners) == {"ann", "bob", "cat"} and "broken" in found.unusable
+
+
+def test_a_new_store_is_of_the_kind_asked_for(settings, tmp_path):
+    where = str(tmp_path / "elsewhere")
+    asked = changed(settings, store=where, store_kind="packed", precision="bfloat16", epochs=1)
+    train_fleet(asked)
+    store = open_store(where)
+    assert type(store).__name__ == "PackedStore" and store.precision == "bfloat16" and len(store) == len(SIZES)
+    with pytest.raises(StateError, match="store was"):
+        train_fleet(changed(asked, store=str(tmp_path / "third")))
+
+
+def test_an_update_that_diverges_leaves_what_was_there(settings, monkeypatch):
+    train_fleet(settings)
+    monkeypatch.setattr(FleetTrainer, "run", lambda self, owners: iter([(diverged, None)]))
+    diverged = OwnerResult("bob", "diverged", 5, 1, 3.0, float("nan"))
+    said = []
+    assert update_owner(settings.output, "bob", [], said.append).status == "diverged"
+    assert "diverged" in said[-1] and files.ended(Path(settings.output))["bob"]["status"] == "trained"
+
+
+def test_a_loss_that_overflowed_is_left_out_of_the_means():
+    line = {"status": "trained", "held_out": 3, "bytes": 8, "loss_before": 2.0, "loss_after": 1.0}
+    owners = {"ann": line, "bob": {**line, "loss_after": None}}
+    found = FleetResult(owners, {}, 0, 1.0, 1, 0, 1, 1, "store").summary()
+    assert (found["loss_before"], found["loss_after"], found["improved"], found["owners"]) == (2.0, 1.0, 1, 2)
+    nobody = FleetResult({"ann": {**line, "held_out": 0}}, {}, 0, 1.0, 1, 0, 1, 1, "store").summary()
+    assert nobody["loss_before"] is None
+
+
+def test_a_file_of_settings_counts_for_a_new_base_too(settings, tmp_path):
+    train_fleet(settings)
+    (tmp_path / "new.yaml").write_text(f"output: {tmp_path / 'by yaml'}\nepochs: 1\n")
+    words = ["fleet", "train", str(tmp_path / "new.yaml"), "--base", settings.model, "--from", settings.output]
+    done = CliRunner().invoke(build(), words)
+    assert done.exit_code == 0, done.output
+    written = files.read_settings(tmp_path / "by yaml")
+    assert written["epochs"] == 1 and written["rank"] == 8
 
 
 def test_update_goes_on_with_one_owner(settings, tmp_path):

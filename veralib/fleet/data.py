@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 from ..errors import DataError, VeraError, nearest
 from ..store.names import key_of, shard_of
-from ..training.data import Row, file_kind, load_data, read_rows
+from ..training.data import Row, file_kind, load_rows, read_rows
 from ..training.settings import Settings
 from ..training.tokens import encode
 from .batches import Example, OwnerData
@@ -30,12 +31,18 @@ def read_owners(settings: FleetSettings) -> OwnerRows:
     folder = Path(settings.data[0]).expanduser() if len(settings.data) == 1 else None
     if folder is not None and folder.is_dir():
         return _read_folder(folder)
-    rows = load_data(settings.row_settings()).train
-    if settings.owner not in rows[0]:
-        there = list(rows[0])
+    single = settings.row_settings()
+    rows = load_rows(single)
+    there = list(rows[0])
+    if settings.owner not in there:
         raise DataError(
             f'{", ".join(settings.data)} has no owner column "{settings.owner}".{nearest(settings.owner, there)} Columns there: '
             f"{', '.join(map(str, there))}. Name yours with owner, or give a folder with one file for each owner."
+        )
+    if missing := next((c for c in single.text_columns if c not in there), None):
+        raise DataError(
+            f'{", ".join(settings.data)} has no column "{missing}".{nearest(missing, there)} Columns there: '
+            f"{', '.join(map(str, there))}. Name yours with text."
         )
     found: dict[str, list[Row]] = {}
     nameless = 0
@@ -94,7 +101,8 @@ def owner_data(
     examples; they are what is drawn then, for a text may be the only row.
     """
     examples: list[Example] = list(encode(rows, tokenizer, single, labels, longest, f'the rows of owner "{name}"'))
-    picked = _held_out([_place(settings.seed, name, e) for e in examples], settings.held_out)
+    seen: Counter[str] = Counter()
+    picked = _held_out([_place(settings.seed, name, e, seen) for e in examples], settings.held_out)
     return OwnerData(
         name,
         [e for i, e in enumerate(examples) if i not in picked],
@@ -102,9 +110,11 @@ def owner_data(
     )
 
 
-def _place(seed: int, name: str, example: Example) -> float:
-    """A number from 0 to 1 that follows from the owner and the example alone."""
+def _place(seed: int, name: str, example: Example, seen: Counter[str]) -> float:
+    """A number from 0 to 1 that follows from the owner and the example alone, and from how often it came before."""
     text = repr((seed, name, example["input_ids"], example["labels"]))
+    seen[text] += 1
+    text += str(seen[text])
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:6], "big") / 2**48
 
 

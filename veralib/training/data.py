@@ -52,6 +52,15 @@ def load_data(settings: Settings) -> Data:
     return Data(train, held["validation"], held["test"], labels, hashes)
 
 
+def load_rows(settings: Settings) -> Sequence[Row]:
+    """The training rows that a run's settings name, as they are. DataError where there are none."""
+    find = _local_splits(settings) or _hub_splits(settings)
+    rows, _ = find("train")
+    if not rows:
+        raise DataError(f"the train data are empty: {', '.join(settings.data)}")
+    return rows
+
+
 def read_rows(path: str | Path, columns: Sequence[str] = ()) -> list[dict[str, Any]]:
     """The rows of one file, as dicts; `columns` names the fields of a csv or tsv file that has no header."""
     path = Path(path)
