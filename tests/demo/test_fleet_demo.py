@@ -12,7 +12,7 @@ from tests.training import tiny
 from veralib import attach
 from veralib.demo import child, fleet, fleet_report, model, owners, show
 from veralib.demo.comparison import COLUMNS, Comparison, Recipe, shares, wilson
-from veralib.errors import DataError
+from veralib.errors import ConfigError, DataError
 
 SIZES = {"ann": 12, "bob": 9, "cid": 20, "dee": 5}
 
@@ -170,6 +170,14 @@ def test_the_report_shows_the_numbers_of_the_result(comparison, tmp_path):
     assert f"| own adapter | {mean:.3f} |" in text and "LoRA r=1" in text and "extrapolated from 2" in text
     assert f"takes {result['batch']['ratio']:.2f} times as long" in text
     assert math.isfinite(result["batch"]["ratio"]) and (tmp_path / "fleet.png").read_bytes().startswith(b"\x89PNG")
+    readme = fleet_report.in_readme("before\n<!-- fleet -->\nold\n<!-- /fleet -->\nafter\n", result)
+    assert (
+        readme.startswith("before\n<!-- fleet -->\n| rows read")
+        and "old" not in readme
+        and readme.endswith("<!-- /fleet -->\nafter\n")
+    )
+    with pytest.raises(ConfigError, match="fleet"):
+        fleet_report.in_readme("no marks", result)
     assert set(result["continuations"]["texts"]) <= {"base model", *SIZES}
 
 

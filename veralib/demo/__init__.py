@@ -96,7 +96,11 @@ def _fleet(screen: Any, output: Path, root: Path | None) -> None:
     screen.fleet(result)
     fleet_report.write(result, output)
     if root is not None:
-        screen.written(fleet_report.write(result, root / "results" / "demo"))
+        readme = root / "README.md"
+        text = fleet_report.in_readme(readme.read_text(encoding="utf-8"), result)
+        paths = fleet_report.write(result, root / "results" / "demo")
+        readme.write_text(text, encoding="utf-8")
+        screen.written([*paths, readme])
 
 
 def _row(name: str, found: Any) -> dict[str, Any]:

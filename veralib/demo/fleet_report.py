@@ -1,16 +1,21 @@
 """What the comparison of shared and own adapters found: tables, remarks and a picture, all from one result."""
 
 import json
+import re
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..errors import ConfigError
 from .comparison import COLUMNS
 from .report import size
 
 Result = Mapping[str, Any]
 """What Comparison.run gives, with `about` (data hash, versions, hardware) beside it."""
+
+
+README_PART = re.compile(r"(<!-- fleet -->\n).*?(<!-- /fleet -->)", re.DOTALL)
 
 
 class Sheet(NamedTuple):
@@ -100,13 +105,31 @@ def markdown(result: Result) -> str:
     """Tables, remarks and the continuations."""
     lines = []
     for sheet in sheets(result):
-        lines += [f"**{sheet.title}**", "", "| " + " | ".join(sheet.columns) + " |"]
-        lines += ["|---|" + "---:|" * (len(sheet.columns) - 1), *("| " + " | ".join(row) + " |" for row in sheet.rows), ""]
+        lines += [f"**{sheet.title}**", "", *_table(sheet), ""]
     lines += [*remarks(result), ""]
     told = result["continuations"]
     lines += [f'Going on from "{told["prompt"]}":', "", *(f"- {who}: `{text}`" for who, text in told["texts"].items()), ""]
     about = result.get("about", {})
     return "\n".join([*lines, provenance(about), ""]) if about else "\n".join(lines)
+
+
+def brief(result: Result) -> str:
+    """Losses and costs alone, for the README."""
+    losses, _, costs = sheets(result)
+    return "\n".join([*_table(losses), "", *_table(costs), ""])
+
+
+def in_readme(text: str, result: Result) -> str:
+    """The README's text with the part between its fleet marks replaced. ConfigError where it has no marks."""
+    if not README_PART.search(text):
+        raise ConfigError("README.md has no lines <!-- fleet --> and <!-- /fleet -->, between which the fleet's tables go")
+    part = brief(result)
+    return README_PART.sub(lambda found: found[1] + part + found[2], text)
+
+
+def _table(sheet: Sheet) -> list[str]:
+    rule = "|---|" + "---:|" * (len(sheet.columns) - 1)
+    return ["| " + " | ".join(sheet.columns) + " |", rule, *("| " + " | ".join(row) + " |" for row in sheet.rows)]
 
 
 def provenance(about: Mapping[str, Any]) -> str:
