@@ -29,7 +29,7 @@ ORDER = [
     {"baselines"},
     {"training"},
     {"fleet"},
-    {"demo"},
+    {"demo", "paper"},
     {"commands", "cli", "__main__"},
 ]
 RANK = {name: k for k, names in enumerate(ORDER) for name in names}

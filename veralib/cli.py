@@ -31,6 +31,7 @@ def build():
     from .commands.demo import demo
     from .commands.params import params
     from .commands.predict import predict
+    from .commands.reproduce import reproduce
     from .commands.shared import fails_clearly
     from .commands.train import make_train
 
@@ -42,7 +43,7 @@ def build():
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
-    for command in (make_train(), predict, merge, convert, inspect, params, demo):
+    for command in (make_train(), predict, merge, convert, inspect, params, reproduce, demo):
         app.command()(fails_clearly(command))
 
     app.add_typer(fleet.build(), name="fleet")
