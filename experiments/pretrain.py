@@ -1,6 +1,6 @@
 """The project's own base language model: a small Llama and its tokenizer, from plain text alone.
 
-    python -m experiments.pretrain TRAIN.txt[.xz] --validation VAL.txt[.xz] [--steps 4000] [--out models/books-4m]
+    python -m experiments.pretrain TRAIN.txt[.xz] --validation VAL.txt[.xz] [--steps 3400] [--out models/books-4m]
 
 One pass over the text at most, on transformers' Trainer, so a killed run goes on where it stopped. What is needed while it runs
 (tokens, checkpoints) lies in OUT-work; OUT gets the weights in bf16, the tokenizer and the card when it ends.
@@ -123,7 +123,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--validation", type=Path, required=True)
     parser.add_argument("--separator", default="<|book|>", help="what stands between two documents")
     parser.add_argument("--out", type=Path, default=Path("models/books-4m"))
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=3400)
     parser.add_argument("--rows", type=int, default=8, help="blocks of 512 tokens in a step")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the model")
