@@ -10,7 +10,6 @@ import argparse
 import json
 import lzma
 import math
-import time
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +170,6 @@ def main(arguments: list[str] | None = None) -> None:
         dataloader_pin_memory=False,
     )
     trainer = Trainer(model, settings, train_dataset=Blocks(rows["train"], length), eval_dataset=some)
-    began = time.time()
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work)))
     loss = trainer.evaluate(held_out)["eval_loss"]
 
@@ -185,7 +183,6 @@ def main(arguments: list[str] | None = None) -> None:
         "tokens of text": len(rows["train"]),
         "held-out loss a token": round(loss, 4),
         "held-out bits a byte": round(loss / math.log(2) / bytes_a_token, 4),
-        "seconds of the last start": round(time.time() - began),
         "torch": torch.__version__,
     }
     (a.out / "training.json").write_text(json.dumps(facts | {"model": MODEL}, indent=1) + "\n")
