@@ -42,16 +42,16 @@ class Recipe:
     rank: int = 64
     length: int = 64
     """Tokens of a row at most."""
-    lr: float = 2e-2
+    lr: float = 0.3
     epochs: float = 4.0
-    shared_lr: float = 2e-2
+    shared_lr: float = 0.3
     shared_epochs: float = 2.0
-    further_lr: float = 1e-2
+    further_lr: float = 0.1
     """Of an owner's adapter begun from the shared one."""
     further_epochs: float = 2.0
     owner_rows: int = 4
     batch_rows: int = 64
-    lora_lr: Mapping[int, float] = field(default_factory=lambda: {1: 5e-3, 8: 5e-3})
+    lora_lr: Mapping[int, float] = field(default_factory=lambda: {1: 3e-2, 8: 1e-2})
     """PEFT's LoRA: rank -> learning rate."""
     seed: int = 0
 
