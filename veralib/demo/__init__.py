@@ -11,8 +11,8 @@ from typing import Any
 from ..errors import ConfigError, DataError, need
 from .methods import METHODS
 
-LIMIT_S = 190
-"""Full fine-tuning, the last row, is left out where the demo would then take longer than this, merging aside."""
+LIMIT_S = 160
+"""Full fine-tuning, the last row, is left out where the first part would then take longer than this, merging aside."""
 LAST = "full"
 
 

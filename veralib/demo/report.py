@@ -54,7 +54,7 @@ def remarks(result: Result) -> list[str]:
         "The adapter file holds the classification head too. Peak memory is the whole process: Python, PyTorch, model, training.",
     ]
     if result["skipped"]:
-        said.append(f"Left out, since this machine would need more than 3.5 minutes: {', '.join(result['skipped'])}.")
+        said.append(f"Left out, since this machine would need more than seven minutes in all: {', '.join(result['skipped'])}.")
     return said
 
 

@@ -22,8 +22,8 @@ def owner_losses(
     """
     if len(owners) != logits.shape[0]:
         raise ConfigError(f"{len(owners)} owners for a batch of {logits.shape[0]} rows: give one for each row.")
-    if logits.dim() == 3:
-        logits, labels = logits[:, :-1], labels[:, 1:]
+    if logits.dim() == 3:  # the labels move, not the logits: a slice of those would be copied, forward and backward
+        labels = torch.cat([labels[:, 1:], labels.new_full((len(labels), 1), -100)], 1)
     else:
         logits, labels = logits[:, None], labels[:, None]
     # float32 at least: a sum of bf16 terms loses the small ones. Row by row: no owner's sum depends on another's rows.
