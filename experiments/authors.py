@@ -3,7 +3,7 @@
     python -m experiments.authors BOOKS.txt[.xz] [--model models/books-4m] [--results results/authors]
 
 BOOKS holds books that begin with "# Title:" and "## Author:" lines, separated by <|book|>. The rule, fixed beforehand: every
-named author; passages are paragraphs of 200 to 1,500 letters; an author has 8, 24 or 72 of them to train on, by a hash of the
+named author; passages are paragraphs of 200 to 1,500 letters; an author has 8, 16 or 40 of them to train on, by a hash of the
 name, and 16 that only measure, from the last fifth of the author's text, so that none stands beside one that was trained on.
 The base model has read most of these books, each at most once: all columns share that.
 """
@@ -24,7 +24,7 @@ from veralib.demo.data import fraction
 from .pretrain import read
 
 RESULTS = Path(__file__).parents[1] / "results" / "authors"
-SIZES = (8, 24, 72)
+SIZES = (8, 16, 40)
 HELD_OUT = 16
 LETTERS = (200, 1500)
 ANONYMOUS = {"Various", "Anonymous", "Unknown"}
