@@ -120,7 +120,7 @@ def test_fleet_and_store_benchmarks_write_their_pages(tmp_path, own_lock):
     tables = json.loads((tmp_path / "fleet-steps.json").read_text())["tables"]
     assert [t["batch"] for t in tables] == ["64x64", "16x256"]
     for t in tables:
-        assert t["contestants"]["fleet r=64, 512 owners"]["training_bytes_per_parameter"] == 16
+        assert t["contestants"]["fleet r=64, 512 owners"]["training_bytes_per_parameter"] == pytest.approx(16, rel=0.01)
         assert t["contestants"]["PEFT LoRA r=8"]["ratio"]["median"] == 1
     stores = json.loads((tmp_path / "store.json").read_text())["stores"]
     assert [s["count"] for s in stores] == [300, 8, 8, 8] and all(s["bytes"] > s["payload_bytes"] * s["count"] for s in stores)

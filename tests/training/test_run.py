@@ -18,10 +18,14 @@ from veralib.training import Settings, load_result, train
 from .tiny import sentences, write_jsonl
 
 FILES = {
-    "vera": "adapter_model.safetensors",
-    "lora": "adapter_model.safetensors",
-    "head": "head.safetensors",
-    "full": "model.safetensors",
+    **dict.fromkeys(("vera", "lora", "lora_fa", "adalora"), ("adapter_model.safetensors",)),
+    **dict.fromkeys(("adapter_h", "adapter_p", "adapter_l", "adapter_d"), ("adapters.safetensors",)),
+    "dvora": ("adapter_model.safetensors", "magnitudes.safetensors"),
+    "lora_xs": ("lora_xs.safetensors",),
+    "dylora": ("dylora.safetensors",),
+    "bitfit": ("biases.safetensors",),
+    "head": ("head.safetensors",),
+    "full": ("model.safetensors",),
 }
 
 
@@ -59,7 +63,7 @@ def interrupted(settings, step):
 
 
 def tensors(settings):
-    return load_file(f"{settings.output}/{FILES[settings.method]}")
+    return load_file(f"{settings.output}/{FILES[settings.method][0]}")
 
 
 def assert_same_bits(one, two):
@@ -70,11 +74,13 @@ def assert_same_bits(one, two):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_and_writes_its_result(settings, method):
-    if method == "lora":
+    if method in ("lora", "lora_fa", "adalora"):
         pytest.importorskip("peft")
-    result = train(settings.replace(method=method, plot=method == "vera", lr=None))
-    folder = result.output
-    assert result.files == [FILES[method]] and result.adapter_bytes == Path(folder, FILES[method]).stat().st_size
+    options = {"drop": 1} if method == "adapter_d" else {}
+    result = train(settings.replace(method=method, plot=method == "vera", lr=None, options=options))
+    folder = Path(result.output)
+    assert tuple(result.files) == FILES[method]
+    assert result.adapter_bytes == sum((folder / name).stat().st_size for name in FILES[method])
     assert load_result(folder).to_dict() == json.loads(json.dumps(result.to_dict()))
     assert result.steps == 12 and result.rows == {"train": 96, "validation": 40} and result.resumed == 0
     assert set(result.metrics) == {"eval_loss", "eval_accuracy", "eval_matthews", "eval_f1"}
@@ -82,8 +88,9 @@ def test_every_method_trains_and_writes_its_result(settings, method):
     assert result.versions["torch"] == torch.__version__ and result.hardware["cores"] > 0
     assert 0 < result.train_seconds < result.seconds and result.peak_memory_bytes > 10**7
     # BERT's query and value of 2 layers, (32, 32) each, and a head of 2 × 32 + 2; the checkpoint has no other gaps.
-    counts = {"vera": 4 * (32 + 4), "lora": 4 * 4 * 64, "head": 0, "full": result.adapter_parameters}
-    assert (result.adapter_parameters, result.head_parameters) == (counts[method], 66)
+    counts = {"vera": 4 * (32 + 4), "dvora": 4 * (32 + 4 + 32), "lora": 4 * 4 * 64, "dylora": 4 * 4 * 64, "head": 0}
+    counts |= {"lora_fa": 4 * 4 * 32, "lora_xs": 4 * 4 * 4, "adapter_p": 2 * (4 * 64 + 36), "adapter_h": 4 * (4 * 64 + 36)}
+    assert result.adapter_parameters == counts.get(method, result.adapter_parameters) and result.head_parameters == 66
     there = {p.name for p in Path(folder).iterdir()}
     assert "checkpoints" not in there and ("plot.png" in there) == (method == "vera")
 
