@@ -26,13 +26,15 @@ from veralib import VeraConfig, attach
 from veralib.fleet import FleetAdamW, owner_loss
 
 from . import measure
-from .models import SHAPES, Contestant, base_model, contest
+from .models import SHAPES, Contestant, base_model, contest, frozen_tensors
 
 BATCHES = {"64x64": (64, 64), "16x256": (16, 256)}
 OWNERS = (1, 8, 64, 512)
 RANKS = (64, 256)
+RECOMPUTED = ", B u recomputed"
 LR = 1e-2
 GOALS = {"fleet r=64, 512 owners": "≤ 0.95"} | {f"fleet r=256, {owners} owners": "≤ 1.35" for owners in OWNERS}
+FLOOR = "the base alone, nothing trained"
 RUN_GOALS = {
     ("PEFT LoRA r=8, one base", "32"): "≥ 1.3",
     ("PEFT LoRA r=8, one base", "4"): "≥ 2.5",
@@ -68,24 +70,29 @@ def lora_bank(model: nn.Module, owners: int, rank: int) -> nn.Module:
     return model
 
 
-def fleet_step(base: nn.Module, shape: str, owners: int, rank: int, ids: Tensor) -> tuple[Callable[[], None], dict[str, Any]]:
+def fleet_step(
+    base: nn.Module, shape: str, owners: int, rank: int, ids: Tensor, recompute: bool | None = None
+) -> tuple[Callable[[], None], dict[str, Any]]:
     """A fleet's step on `owners` slots; with more owners than rows, others each step."""
     import copy
 
     model = copy.deepcopy(base).eval()
     vera = attach(model)
-    fleet = vera.fleet(VeraConfig(rank=rank, targets=SHAPES[shape].targets), slots=owners)
+    fleet = vera.fleet(VeraConfig(rank=rank, targets=SHAPES[shape].targets), slots=owners, recompute=recompute)
     names = [f"owner {i}" for i in range(owners)]
     fleet.add(names)
     optimizer = FleetAdamW(fleet, lr=LR, max_norm=1.0)
     chooser = random.Random(0)
     present = min(owners, len(ids))
 
-    def step() -> None:
+    def loss() -> Tensor:
         here = chooser.sample(names, present)
         rows = [here[i * present // len(ids)] for i in range(len(ids))]
         with vera.rows(rows):
-            owner_loss(model(input_ids=ids).logits, ids, rows).backward()
+            return owner_loss(model(input_ids=ids).logits, ids, rows)
+
+    def step() -> None:
+        loss().backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -93,7 +100,27 @@ def fleet_step(base: nn.Module, shape: str, owners: int, rank: int, ids: Tensor)
     each = fleet.parameters_per_owner
     tensors = (fleet.bank.table, fleet.bank.gradients, optimizer.exp_avg, optimizer.exp_avg_sq, optimizer._steps)
     training = sum(t.numel() * t.element_size() for t in tensors) / owners
-    return step, {"owners": owners, "rank": rank, "parameters_per_owner": each, "training_bytes_per_parameter": training / each}
+    facts = {"owners": owners, "rank": rank, "parameters_per_owner": each, "training_bytes_per_parameter": training / each}
+    frozen = [*frozen_tensors(model, Contestant("veralib", rank)), fleet.bank.table]
+    return step, facts | {"saved_bytes": measure.saved_bytes(loss, frozen)}
+
+
+def floor_step(model: nn.Module, ids: Tensor) -> tuple[Callable[[], None], dict[str, Any]]:
+    """The frozen base forward, and backward down to its embeddings: what every adapter method runs at least."""
+    model.eval().requires_grad_(False)
+    embedded = model.get_input_embeddings()(ids).requires_grad_()  # type: ignore[operator]
+    rows = ["one"] * len(ids)
+
+    def loss() -> Tensor:
+        return owner_loss(model(inputs_embeds=embedded).logits, ids, rows)
+
+    def step() -> None:
+        loss().backward()
+        embedded.grad = None
+
+    step()
+    saved = measure.saved_bytes(loss, [*model.parameters(), *model.buffers()])
+    return step, {"owners": 0, "parameters_per_owner": 0, "saved_bytes": saved}
 
 
 def plain_step(model: nn.Module, ids: Tensor, owners: int = 1) -> tuple[Callable[[], None], dict[str, Any]]:
@@ -103,14 +130,18 @@ def plain_step(model: nn.Module, ids: Tensor, owners: int = 1) -> tuple[Callable
     optimizer = torch.optim.AdamW(trained, lr=1e-3, fused=True)
     rows = [f"{i * owners // len(ids)}" for i in range(len(ids))]
 
+    def loss() -> Tensor:
+        return owner_loss(model(input_ids=ids).logits, ids, rows)
+
     def step() -> None:
-        owner_loss(model(input_ids=ids).logits, ids, rows).backward()
+        loss().backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
 
     step()
-    return step, {"owners": owners, "parameters_per_owner": sum(p.numel() for p in trained) // owners}
+    saved = measure.saved_bytes(loss, frozen_tensors(model, Contestant("veralib", 1)))  # A and B, if it has any
+    return step, {"owners": owners, "parameters_per_owner": sum(p.numel() for p in trained) // owners, "saved_bytes": saved}
 
 
 def steps(batch: str, shape: str, rounds: int, log: Callable[[str], None]) -> dict[str, Any]:
@@ -133,6 +164,7 @@ def steps(batch: str, shape: str, rounds: int, log: Callable[[str], None]) -> di
     facts: dict[str, dict[str, Any]] = {}
     for name, make in plain.items():
         contestants[name], facts[name] = plain_step(make(), ids)
+    contestants[FLOOR], facts[FLOOR] = floor_step(copy.deepcopy(base), ids)
     for rank in (1, 8):
         name = f"LoRA bank r={rank}, {rows} owners"
         contestants[name], facts[name] = plain_step(lora_bank(copy.deepcopy(base), rows, rank), ids, rows)
@@ -140,13 +172,14 @@ def steps(batch: str, shape: str, rounds: int, log: Callable[[str], None]) -> di
         for owners in OWNERS:
             name = f"fleet r={rank}, {owners} owners"
             contestants[name], facts[name] = fleet_step(base, shape, owners, rank, ids)
-            measure.trim()
-    seconds = measure.interleave(contestants, rounds, warmup=1)
+        contestants[name + RECOMPUTED], facts[name + RECOMPUTED] = fleet_step(base, shape, owners, rank, ids, recompute=True)
+    seconds = measure.interleave(contestants, rounds, warmup=2)
     reference = seconds["PEFT LoRA r=8"]
     for name, taken in seconds.items():
         facts[name] |= {
             "seconds": measure.spread(taken),
             "ratio": measure.spread([t / r for t, r in zip(taken, reference, strict=True)]),
+            "saved_ratio": facts[name]["saved_bytes"] / facts["PEFT LoRA r=8"]["saved_bytes"],
             "tokens_per_second": rows * length / measure.spread(taken)["median"],
         }
         log(f"  {name}: {facts[name]['seconds']['median']:.3f} s, {facts[name]['ratio']['median']:.3f} x PEFT LoRA r=8")
@@ -275,10 +308,12 @@ def render(folder: Path) -> str:
             lines += [
                 f"## A step of {t['rows']} rows × {t['length']} tokens, optimiser included",
                 "",
-                "| | step ÷ PEFT LoRA r=8 | goal | tokens a second | parameters an owner | training bytes a parameter |",
-                "|---|---|---|---|---|---|",
+                "| | step ÷ PEFT LoRA r=8 | goal | tokens a second | saved for backward ÷ LoRA r=8 | parameters an owner | "
+                "training bytes a parameter |",
+                "|---|---|---|---|---|---|---|",
                 *(
                     f"| {name} | {c['ratio']['median']:.2f} | {GOALS.get(name, '')} | {c['tokens_per_second']:,.0f} | "
+                    f"{c['saved_ratio']:.2f} | "
                     f"{c['parameters_per_owner']:,} | {_number(c.get('training_bytes_per_parameter'))} |"
                     for name, c in t["contestants"].items()
                 ),
@@ -330,6 +365,7 @@ def main(arguments: list[str] | None = None) -> int:
     def log(line: str) -> None:
         print(line, flush=True)
 
+    measure.keep_memory()
     with measure.alone():
         if options.only != "runs":
             tables = []

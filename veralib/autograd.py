@@ -305,22 +305,24 @@ def _delta(unit: UnitSpec, vectors: Sequence[Tensor], k: int, like: Tensor) -> T
 
 class MixedDelta(Function):
     """h + b_i ∘ B(d_i ∘ u), where row k of the batch has adapter i = index[k]; without h the second term alone. Saves u, the
-    index and the K adapters' vectors.
+    index and the K adapters' vectors, and y = B(d_i ∘ u) unless `recompute` computes it anew in backward, for ∂b.
 
     h: (R, t, m) or None  u: (R, t, r)  d: (K, r), the scale already in it  b: (K, m)  index: (R,)  ->  (R, t, m).
     """
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor | None, u: Tensor, d: Tensor, b: Tensor, index: Tensor, B: Tensor) -> Tensor:
-        ctx.save_for_backward(u, d, b, index, B)
+    def forward(
+        ctx: Any, h: Tensor | None, u: Tensor, d: Tensor, b: Tensor, index: Tensor, B: Tensor, recompute: bool = True
+    ) -> Tensor:
         y = product(u * d[index].to(u.dtype)[:, None], B.t())
+        ctx.save_for_backward(u, d, b, index, B, None if recompute else y)
         b_rows = b[index].to(u.dtype)[:, None]
-        return y.mul_(b_rows) if h is None else torch.addcmul(h, y, b_rows)
+        return y * b_rows if h is None else torch.addcmul(h, y, b_rows)
 
     @staticmethod
     @_full_precision
     def backward(ctx: Any, g: Tensor) -> tuple:
-        u, d, b, index, B = ctx.saved_tensors
+        u, d, b, index, B, y = ctx.saved_tensors
         grad_h, g = g, g.to(u.dtype)
         d_rows, b_rows = d[index].to(u.dtype)[:, None], b[index].to(u.dtype)[:, None]
         gu = gd = gb = None
@@ -330,6 +332,6 @@ class MixedDelta(Function):
                 gd = torch.zeros_like(d).index_add_(0, index, (gdu * u).sum(1, dtype=d.dtype))
             gu = gdu.mul_(d_rows) if ctx.needs_input_grad[1] else None
         if ctx.needs_input_grad[3]:
-            y = product(u * d_rows, B.t())
-            gb = torch.zeros_like(b).index_add_(0, index, y.mul_(g).sum(1, dtype=b.dtype))
-        return grad_h if ctx.needs_input_grad[0] else None, gu, gd, gb, None, None
+            gy = product(u * d_rows, B.t()).mul_(g) if y is None else y * g
+            gb = torch.zeros_like(b).index_add_(0, index, gy.sum(1, dtype=b.dtype))
+        return grad_h if ctx.needs_input_grad[0] else None, gu, gd, gb, None, None, None

@@ -31,8 +31,10 @@ class FleetBank(Bank):
         slots: int,
         dtype: torch.dtype = torch.float32,
         heads: Mapping[str, nn.Module] | None = None,
+        recompute: bool | None = None,
     ) -> None:
         super().__init__(layout, device)
+        self._recompute = recompute
         self.slots = self.chunk_rows = slots
         self.heads: dict[str, dict[str, tuple[int, torch.Size]]] = {}
         """Module trained in full -> its parameters -> (first column, shape)."""
@@ -49,6 +51,11 @@ class FleetBank(Bank):
         """How often each slot has been given out: an optimiser's state is of one owner, not of a slot."""
         self.free = list(range(slots - 1, -1, -1))
         self._anchor = torch.zeros((), device=device, requires_grad=True)  # what makes autograd come by
+
+    @property
+    def recompute(self) -> bool:
+        """Whether a backward computes B u anew, or finds it saved."""
+        return self.device.type != "cpu" if self._recompute is None else self._recompute
 
     @property
     def table(self) -> Tensor:

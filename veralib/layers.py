@@ -161,7 +161,7 @@ class Site:
         else:
             d, b = stacked_vectors(bucket)
             whole = part is None and bucket.everyone and out.dtype == u.dtype
-            y = MixedDelta.apply(out if whole else None, u, d, b, bucket.index, widest.B(u))
+            y = MixedDelta.apply(out if whole else None, u, d, b, bucket.index, widest.B(u), bucket.recompute)
             if whole:
                 return y
             y = y.to(out.dtype)

@@ -176,15 +176,19 @@ class Vera:
         root.watch_learning_rate(self)
         return self
 
-    def fleet(self, config: Any, slots: int, dtype: torch.dtype = torch.float32) -> "Fleet":
-        """A Fleet: room for `slots` owners that train at once, each row of a batch one owner's. Its add(names) lets them in."""
+    def fleet(self, config: Any, slots: int, dtype: torch.dtype = torch.float32, recompute: bool | None = None) -> "Fleet":
+        """A Fleet: room for `slots` owners that train at once, each row of a batch one owner's. Its add(names) lets them in.
+
+        recompute: whether backward computes B u anew, or finds it kept, which is faster and takes an adapted linear's width
+        of numbers more for each token. None: kept on a CPU, computed anew elsewhere.
+        """
         from .fleet import fleet
 
         checked = _checked(config, "fleet", self.model)
         if checked is None:
             raise ConfigError("fleet() needs a VeraConfig.")
         self._unmerged("make a fleet")
-        return fleet.make(self, checked, slots, dtype)
+        return fleet.make(self, checked, slots, dtype, recompute)
 
     def load(
         self,

@@ -80,7 +80,7 @@ class Residence:
         return self._enter(member)
 
     @torch.inference_mode(False)
-    def fleet_bank(self, config: VeraConfig, slots: int, dtype: torch.dtype) -> FleetBank:
+    def fleet_bank(self, config: VeraConfig, slots: int, dtype: torch.dtype, recompute: bool | None) -> FleetBank:
         """The tables of a fleet, nobody in them, the layers that it adapts ready."""
         targets = [t for t in find_targets(self.model, config) if not _OWN.search(t.layer)]
         heads = self._find_heads(config)
@@ -88,7 +88,7 @@ class Residence:
             raise ConfigError("the module to train in full is offloaded: load the base model onto one device to train its head.")
         self._adapt({t.layer: t.module for t in targets}, heads)
         templates = {name: self._template(module) for name, module in heads.items()}
-        bank = FleetBank(self._layout(_units(targets, config)), self.device, slots, dtype, templates)
+        bank = FleetBank(self._layout(_units(targets, config)), self.device, slots, dtype, templates, recompute)
         self.fleets.append(bank)
         return bank
 

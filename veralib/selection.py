@@ -54,6 +54,11 @@ class Bucket:
         """Whether a backward changes any of its adapters."""
         return any(g.slots is not None or any(m.trainable for m in g.members) for g in self.groups)
 
+    @cached_property
+    def recompute(self) -> bool:
+        """Whether a backward computes B u anew rather than find it saved."""
+        return all(g.slots is None or g.members[0].bank.recompute for g in self.groups)  # type: ignore[union-attr]
+
     @property
     def widest(self) -> UnitSpec:
         return max(self.units, key=lambda u: u.r)

@@ -42,10 +42,10 @@ def alone(config: VeraConfig, owner: str, build=tiny_llama, dtype=torch.float64,
     return vera.adapter("default").vectors
 
 
-def together(config: VeraConfig, build=tiny_llama, dtype=torch.float64, lr=0.05, decay=0.1, max_norm=0.5, padded=None):
+def together(config: VeraConfig, build=tiny_llama, dtype=torch.float64, lr=0.05, decay=0.1, max_norm=0.5, recompute=None):
     """All owners in mixed batches; each step of HERE takes the next own step of the owners it names."""
     vera = attach(build().to(dtype))
-    fleet = vera.fleet(config, slots=5, dtype=dtype)
+    fleet = vera.fleet(config, slots=5, dtype=dtype, recompute=recompute)
     fleet.add(["gone"]).remove("gone")
     fleet.add(["idle", *STEPS])
     optimizer = FleetAdamW(fleet, lr=lr, weight_decay=decay, max_norm=max_norm, schedule="linear", warmup=0.1)
@@ -84,6 +84,31 @@ def test_fleet_equals_alone_in_float64(config, build):
     idle = vera.adapter("idle").vectors
     assert all((d == config.d_start).all() and (b == config.b_start).all() for d, b in idle.values())
     assert optimizer.steps_of("idle") == 0
+
+
+def test_recomputing_b_u_in_backward_saves_memory_and_gives_the_same_bits():
+    """On a CPU a fleet keeps B u for backward; elsewhere, and where it is told to, it computes it anew."""
+    config, found, saved, kept = VeraConfig(rank=8, targets="all-linear"), [], [], []
+
+    def count(t: torch.Tensor) -> torch.Tensor:
+        kept.append(t.nbytes)
+        return t
+
+    for recompute in (True, False, None):
+        vera, _fleet, _optimizer = together(config, recompute=recompute)
+        found.append({o: vera.adapter(o).vectors for o in STEPS})
+        kept.clear()
+        with (
+            torch.autograd.graph.saved_tensors_hooks(count, lambda t: t),
+            vera.rows(["idle"]),
+        ):
+            vera.model(input_ids=tokens(1))
+        saved.append(sum(kept))
+    for owner in STEPS:
+        for unit, pair in found[0][owner].items():
+            assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(pair, other[owner][unit], strict=True))
+    widths = sum(len(b) for _, b in vera.adapter("idle").vectors.values())
+    assert saved[1] - saved[0] == 8 * tokens(1).numel() * widths and saved[2] == saved[1]
 
 
 def test_a_slot_given_to_another_owner_starts_from_nothing():

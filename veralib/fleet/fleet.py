@@ -169,7 +169,7 @@ class Fleet:
         return f"Fleet({len(self.names)} owners in {self.bank.slots} slots, {self.bank.width:,} parameters each)"
 
 
-def make(vera: "Vera", config: Any, slots: int, dtype: torch.dtype) -> Fleet:
+def make(vera: "Vera", config: Any, slots: int, dtype: torch.dtype, recompute: bool | None) -> Fleet:
     """What vera.fleet does: the layers adapted, the tables allocated, nobody in them."""
     if not isinstance(slots, int) or slots < 1:
         raise ConfigError(f"slots is {slots!r}, expected how many owners train at a time, at least 1.")
@@ -178,4 +178,4 @@ def make(vera: "Vera", config: Any, slots: int, dtype: torch.dtype) -> Fleet:
             f"a fleet trains without dropout, and the config has dropout={config.dropout:g}: an owner must learn the same "
             "whoever else is in the batch."
         )
-    return Fleet(vera, config, vera.inside.fleet_bank(config, slots, dtype))
+    return Fleet(vera, config, vera.inside.fleet_bank(config, slots, dtype, recompute))
