@@ -35,6 +35,7 @@ RECOMPUTED = ", B u recomputed"
 LR = 1e-2
 GOALS = {"fleet r=64, 512 owners": "≤ 0.95"} | {f"fleet r=256, {owners} owners": "≤ 1.35" for owners in OWNERS}
 FLOOR = "the base alone, nothing trained"
+REFERENCE = "PEFT LoRA r=8"
 RUN_GOALS = {
     ("PEFT LoRA r=8, one base", "32"): "≥ 1.3",
     ("PEFT LoRA r=8, one base", "4"): "≥ 2.5",
@@ -144,46 +145,63 @@ def plain_step(model: nn.Module, ids: Tensor, owners: int = 1) -> tuple[Callable
     return step, {"owners": owners, "parameters_per_owner": sum(p.numel() for p in trained) // owners, "saved_bytes": saved}
 
 
-def steps(batch: str, shape: str, rounds: int, log: Callable[[str], None]) -> dict[str, Any]:
-    """One table: milliseconds a step and ratios."""
+def groups(rows: int) -> list[list[tuple[str, str, int, int]]]:
+    """(name, kind, rank, owners) of everything that is timed, in groups that fit into memory; the reference is in each."""
+    single = [("PEFT LoRA r=1", "lora", 1, 1), ("PEFT VeRA r=64", "peft-vera", 64, 1), (FLOOR, "floor", 0, 0)]
+    single += [(f"veralib r={rank}", "veralib", rank, 1) for rank in RANKS]
+    banks = [(f"LoRA bank r={rank}, {rows} owners", "bank", rank, rows) for rank in (1, 8)]
+    fleets = [[(f"fleet r={rank}, {owners} owners", "fleet", rank, owners) for owners in OWNERS] for rank in RANKS]
+    again = [(f"fleet r={rank}, {OWNERS[-1]} owners{RECOMPUTED}", "recomputed", rank, OWNERS[-1]) for rank in RANKS]
+    return [[(REFERENCE, "lora", 8, 1), *group] for group in (single, banks + again, *fleets)]
+
+
+def entered(kind: str, rank: int, owners: int, shape: str, base: nn.Module, ids: Tensor) -> tuple[Callable, dict[str, Any]]:
+    """A contestant's step, and its facts."""
     import copy
 
-    rows, length = BATCHES[batch]
-    if shape.startswith("tiny"):
-        rows, length = 4, 8
+    if kind in ("fleet", "recomputed"):
+        return fleet_step(base, shape, owners, rank, ids, recompute=True if kind == "recomputed" else None)
+    if kind == "floor":
+        return floor_step(copy.deepcopy(base), ids)
+    if kind == "bank":
+        return plain_step(lora_bank(copy.deepcopy(base), owners, rank), ids, owners)
+    return plain_step(contest(base, SHAPES[shape], Contestant(kind, rank)), ids)  # type: ignore[arg-type]
+
+
+def group_steps(batch: str, shape: str, rounds: int, number: int, threads: int) -> dict[str, dict[str, Any]]:
+    """Facts and times of one group, interleaved; in a process of its own."""
+    torch.set_num_threads(threads)
+    measure.keep_memory()
+    rows, length = BATCHES[batch] if not shape.startswith("tiny") else (4, 8)
     base = base_model(SHAPES[shape])
     ids = torch.randint(3, SHAPES[shape].vocabulary, (rows, length), generator=torch.Generator().manual_seed(0))
-    plain: dict[str, Callable[[], nn.Module]] = {
-        "PEFT LoRA r=8": lambda: contest(base, SHAPES[shape], Contestant("lora", 8)),
-        "PEFT LoRA r=1": lambda: contest(base, SHAPES[shape], Contestant("lora", 1)),
-        "PEFT VeRA r=64": lambda: contest(base, SHAPES[shape], Contestant("peft-vera", 64)),
-        "veralib r=64": lambda: contest(base, SHAPES[shape], Contestant("veralib", 64)),
-        "veralib r=256": lambda: contest(base, SHAPES[shape], Contestant("veralib", 256)),
-    }
-    contestants: dict[str, Callable[[], None]] = {}
-    facts: dict[str, dict[str, Any]] = {}
-    for name, make in plain.items():
-        contestants[name], facts[name] = plain_step(make(), ids)
-    contestants[FLOOR], facts[FLOOR] = floor_step(copy.deepcopy(base), ids)
-    for rank in (1, 8):
-        name = f"LoRA bank r={rank}, {rows} owners"
-        contestants[name], facts[name] = plain_step(lora_bank(copy.deepcopy(base), rows, rank), ids, rows)
-    for rank in RANKS:
-        for owners in OWNERS:
-            name = f"fleet r={rank}, {owners} owners"
-            contestants[name], facts[name] = fleet_step(base, shape, owners, rank, ids)
-        contestants[name + RECOMPUTED], facts[name + RECOMPUTED] = fleet_step(base, shape, owners, rank, ids, recompute=True)
-    seconds = measure.interleave(contestants, rounds, warmup=2)
-    reference = seconds["PEFT LoRA r=8"]
+    contestants, facts = {}, {}
+    for name, kind, rank, owners in groups(rows)[number]:
+        contestants[name], facts[name] = entered(kind, rank, owners, shape, base, ids)
+    seconds = measure.interleave(contestants, rounds, warmup=1)
     for name, taken in seconds.items():
         facts[name] |= {
             "seconds": measure.spread(taken),
-            "ratio": measure.spread([t / r for t, r in zip(taken, reference, strict=True)]),
-            "saved_ratio": facts[name]["saved_bytes"] / facts["PEFT LoRA r=8"]["saved_bytes"],
+            "ratio": measure.spread([t / r for t, r in zip(taken, seconds[REFERENCE], strict=True)]),
+            "saved_ratio": facts[name]["saved_bytes"] / facts[REFERENCE]["saved_bytes"],
             "tokens_per_second": rows * length / measure.spread(taken)["median"],
         }
-        log(f"  {name}: {facts[name]['seconds']['median']:.3f} s, {facts[name]['ratio']['median']:.3f} x PEFT LoRA r=8")
-    return {"batch": batch, "rows": rows, "length": length, "shape": shape, "rounds": rounds, "contestants": facts}
+    return facts
+
+
+def steps(batch: str, shape: str, rounds: int, log: Callable[[str], None]) -> dict[str, Any]:
+    """One table: seconds a step and ratios."""
+    rows, length = BATCHES[batch] if not shape.startswith("tiny") else (4, 8)
+    facts: dict[str, dict[str, Any]] = {}
+    for number in range(len(groups(rows))):
+        arguments = (batch, shape, rounds, number, torch.get_num_threads())
+        found = group_steps(*arguments) if shape.startswith("tiny") else measure.in_own_process(group_steps, *arguments)
+        for name, fact in found.items():
+            log(f"  {name}: {fact['seconds']['median']:.3f} s, {fact['ratio']['median']:.3f} x {REFERENCE}")
+        facts = {**found, **facts}  # the reference of the first group stands for all
+    order = [name for group in groups(rows) for name, *_ in group]
+    contestants = {name: facts[name] for name in dict.fromkeys(order)}
+    return {"batch": batch, "rows": rows, "length": length, "shape": shape, "rounds": rounds, "contestants": contestants}
 
 
 # End to end
