@@ -29,6 +29,7 @@ ORDER = [
     {"baselines"},
     {"training"},
     {"fleet"},
+    {"recipes"},
     {"demo", "paper"},
     {"commands", "cli", "__main__"},
 ]

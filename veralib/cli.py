@@ -28,11 +28,14 @@ def build():
 
     from .commands import fleet
     from .commands.adapters import convert, inspect, merge
+    from .commands.budget import make_budget
     from .commands.demo import demo
     from .commands.params import params
     from .commands.predict import predict
+    from .commands.recipes import recipes
     from .commands.reproduce import reproduce
     from .commands.shared import fails_clearly
+    from .commands.sweep import sweep
     from .commands.train import make_train
 
     app = typer.Typer(
@@ -43,7 +46,7 @@ def build():
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
-    for command in (make_train(), predict, merge, convert, inspect, params, reproduce, demo):
+    for command in (make_train(), predict, merge, convert, inspect, params, sweep, make_budget(), recipes, reproduce, demo):
         app.command()(fails_clearly(command))
 
     app.add_typer(fleet.build(), name="fleet")

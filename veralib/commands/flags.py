@@ -12,7 +12,9 @@ def settings_argument() -> inspect.Parameter:
     """The optional YAML file that a command's settings come from."""
     import typer
 
-    default = typer.Argument(None, metavar="[RUN.YAML]", help="Settings as YAML; flags win over it.")
+    default = typer.Argument(
+        None, metavar="[RUN.YAML]", help="Settings as YAML, flags win over it; for vera train also a recipe's name."
+    )
     return inspect.Parameter("settings_file", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default, annotation=str | None)
 
 

@@ -1,8 +1,11 @@
 """vera reproduce: the paper's tables and figures."""
 
 from pathlib import Path
+from typing import Any
 
 from typer import Argument, Option
+
+from ..errors import VeraError
 
 
 def reproduce(
@@ -21,6 +24,25 @@ def reproduce(
     if name == "list":
         table("Tables and figures", ("name", "what"), [(n, item.title) for n, item in ITEMS.items()])
         return
-    for each in ITEMS if name == "all" else [name]:
-        make(each, Path(out))
-        print((Path(out) / f"{each}.md").read_text(encoding="utf-8"))
+    if name != "all":
+        make(name, Path(out))
+        print((Path(out) / f"{name}.md").read_text(encoding="utf-8"))
+        return
+    rows = []
+    for each, item in ITEMS.items():
+        try:
+            found = make(each, Path(out))
+        except VeraError as e:
+            rows.append((each, item.title, f"not made: {e}"))
+            continue
+        rows.append((each, item.title, _whole(found)))
+    table(f"written to {out}", ("name", "what", ""), rows)
+
+
+def _whole(found: dict[str, Any]) -> str:
+    """How much of a table or figure its result files fill."""
+    cells = found.get("cells", [])
+    missing = sum(1 for c in cells if c["ours"] is None)
+    if missing:
+        return f"{missing} of {len(cells)} cells have no run; their commands are in the file"
+    return f"{found['missing']} runs are missing" if found.get("missing") else "whole"

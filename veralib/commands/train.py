@@ -2,20 +2,25 @@
 
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+from ..errors import ConfigError
 from .flags import flags, pairs, set_option, settings_argument
 from .shared import human_bytes, table
 
 HELP = """Train an adapter on your data; writes it, result.json and plot.png to the output folder.
 
-Settings come from flags, or from a YAML file with the same names (flags win). A killed run goes on when started again.
+Settings come from flags, from a YAML file with the same names, or from a recipe, published hyperparameters by name (vera recipes
+lists them); flags win. A killed run goes on when started again.
 
 Examples:
 
     vera train --model sentence-transformers/all-MiniLM-L6-v2 --data reviews.csv --validation 0.1 --output run
 
     vera train run.yaml --epochs 10 --set training.bf16=true
+
+    vera train glue-rte-base --method lora --dry-run
 
     torchrun --nproc-per-node 2 -m veralib.cli train run.yaml
 """
@@ -28,6 +33,7 @@ PANELS = {
     "seed": "Training",
     "evaluate_every": "Evaluation and checkpoints",
 }
+PROTOCOL = "A recipe's choice of the epoch: published, on the development set that is scored; honest, on a tenth of train."
 DICTS = ("options", "training")  # set by --set name.key=value
 
 
@@ -37,21 +43,86 @@ def make_train() -> Callable[..., None]:
     from ..training.settings import Settings
 
     def train(**given: Any) -> None:
-        run_train(given.pop("settings_file"), given.pop("set"), {k: v for k, v in given.items() if v is not None})
+        file, sets, protocol, dry = (given.pop(k) for k in ("settings_file", "set", "protocol", "dry_run"))
+        chosen, notes = resolve(file, sets, protocol, {k: v for k, v in given.items() if v is not None})
+        show_plan(chosen, notes) if dry else run_train(chosen)
 
-    parameters = [settings_argument(), *flags(Settings, PANELS, DICTS), set_option("training.bf16=true")]
+    parameters = [settings_argument(), *flags(Settings, PANELS, DICTS), set_option("training.bf16=true"), *_recipe_options()]
     train.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     train.__annotations__ = {p.name: p.annotation for p in parameters}
     train.__doc__ = HELP
     return train
 
 
-def run_train(settings_file: str | None, sets: list[str], given: dict[str, Any]) -> None:
-    """One run from a file, --set pairs and flags; prints what came out."""
-    from ..training import Settings, load_settings, train
+def _recipe_options() -> list[inspect.Parameter]:
+    import typer
+
+    protocol = typer.Option(None, "--protocol", metavar="published|honest", help=PROTOCOL, rich_help_panel="Recipe")
+    dry = typer.Option(False, "--dry-run", help="Print the settings, the counts and the memory, and train nothing.")
+    return [
+        inspect.Parameter("protocol", inspect.Parameter.KEYWORD_ONLY, default=protocol, annotation=str | None),
+        inspect.Parameter("dry_run", inspect.Parameter.KEYWORD_ONLY, default=dry, annotation=bool),
+    ]
+
+
+def resolve(source: str | None, sets: list[str], protocol: str | None, given: dict[str, Any]) -> tuple[Any, list[str]]:
+    """The settings of a YAML file, a recipe or flags alone, and what a reader of a recipe must know."""
+    from ..recipes import RECIPES, find_recipe, remarks, settings_of
+    from ..training import Settings, load_settings
 
     given = {**given, **pairs(sets, DICTS)}
-    settings = load_settings(settings_file, **given) if settings_file else Settings(**given)
+    if source is None or source not in RECIPES:
+        if protocol is not None:
+            raise ConfigError("--protocol belongs to a recipe: vera train RECIPE --protocol honest; vera recipes lists them")
+        if source is not None and not Path(source).exists() and not source.endswith((".yaml", ".yml")):
+            find_recipe(source)
+        return (load_settings(source, **given) if source else Settings(**given)), []
+    method, kind = given.pop("method", "vera"), protocol or "published"
+    return settings_of(source, method, kind, **given), remarks(source, method, kind)  # type: ignore[arg-type]
+
+
+def show_plan(settings: Any, notes: list[str]) -> None:
+    """What a run would do: its settings, counts and memory."""
+    from ..training.plan import plan
+
+    rows = [(name, str(value)) for name, value in sorted(settings.given().items())]
+    rows += [
+        (f"{n} (default)", str(getattr(settings, f"resolved_{n}")))
+        for n in ("rank", "lr", "lr_head")
+        if n not in settings.given()
+    ]
+    table("settings", ("", "value"), rows)
+    for note in notes:
+        print(note)
+    found = plan(settings, labels=_labels(settings))
+    table(
+        "counts and memory",
+        ("", "value"),
+        [
+            ("base parameters", f"{found.base_parameters:,}"),
+            ("trained parameters", f"{found.adapter_parameters:,}"),
+            ("trained with the head", f"{found.head_parameters:,}"),
+            ("weights", human_bytes(found.weights_bytes)),
+            ("trained values, gradients, moments", human_bytes(found.training_bytes)),
+            ("activations (estimate)", human_bytes(found.activations_bytes)),
+            ("in all (estimate)", human_bytes(found.bytes)),
+        ],
+        right=("value",),
+    )
+
+
+def _labels(settings: Any) -> int:
+    """How many classes local data have; 2 where they would have to be downloaded first."""
+    from ..training.data import load_data
+
+    here = all(Path(p).expanduser().exists() for p in settings.data)
+    return len(load_data(settings).labels) or 1 if here else 2
+
+
+def run_train(settings: Any) -> None:
+    """One run; prints what came out."""
+    from ..training import train
+
     result = train(settings, callbacks=[_reporter()])
     from ..training.folder import is_main_process
 

@@ -15,12 +15,14 @@ def compare(model: Path, say: Say) -> dict[str, Any]:
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from ..training.loading import quiet_transformers
     from ..training.result import hardware, versions
 
     began = time.perf_counter()
     say("reading the documentation of the standard library, torch and transformers")
     texts = load_texts()
-    base = AutoModelForCausalLM.from_pretrained(model, dtype="float32")
+    with quiet_transformers():
+        base = AutoModelForCausalLM.from_pretrained(model, dtype="float32")
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.model_max_length = 10**9  # texts are cut later; no warning about it
     result = Comparison(base, tokenizer, texts.train, texts.held_out, Recipe(), say).run(PROMPT)

@@ -26,6 +26,30 @@ def _counts(folder: Path) -> dict[str, Any]:
     return counts.make(folder)
 
 
+def _cells(name: str) -> Callable[[Path], dict[str, Any]]:
+    def make(folder: Path) -> dict[str, Any]:
+        from . import cells
+
+        return cells.make(name, folder)
+
+    return make
+
+
+def _weights(name: str) -> Callable[[Path], dict[str, Any]]:
+    def make(folder: Path) -> dict[str, Any]:
+        from . import weights
+
+        return weights.MAKES[name](folder)
+
+    return make
+
+
+def _glue(folder: Path) -> dict[str, Any]:
+    from . import grid
+
+    return grid.make("glue", Path("experiments/glue.yaml"), folder)
+
+
 def _fig6(folder: Path) -> dict[str, Any]:
     from . import fig6
 
@@ -34,6 +58,18 @@ def _fig6(folder: Path) -> dict[str, Any]:
 
 ITEMS: dict[str, Item] = {
     "table1": Item("Table 1: parameters and bytes of LoRA and VeRA", _table1),
+    "table2": Item("Table 2: GLUE", _cells("table2")),
+    "table3": Item("Table 3: E2E", _cells("table3")),
+    "table4": Item("Table 4: MT-Bench", _cells("table4")),
+    "table5": Item("Table 5: images", _cells("table5")),
+    "table6": Item("Table 6: ablations", _cells("table6")),
+    "table7": Item("Table 7: shared and unique matrices", _cells("table7")),
+    "table13": Item("Table 13: Vicuna Eval", _cells("table13")),
+    "table12": Item("Table 12: training time and memory, on a small scale", _weights("table12")),
+    "fig3": Item("Figure 3: how far d moves in each layer, on a small scale", _weights("fig3")),
+    "fig5": Item("Figure 5: is VeRA's change of the weights like LoRA's? On a small scale", _weights("fig5")),
+    "intruders": Item("Intruder dimensions of full, LoRA and VeRA", _weights("intruders")),
+    "glue": Item("GLUE's small tasks with MiniLM-L6: every method, in a clone of the repository", _glue),
     "counts": Item("Every count of trained parameters that the paper prints", _counts),
     "fig6": Item("Figure 6: fitting random 10 × 10 matrices", _fig6),
 }

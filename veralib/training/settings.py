@@ -16,7 +16,7 @@ except ImportError as e:
 Task = Literal["classification", "regression", "causal-lm", "prompt-completion", "chat"]
 Every = Literal["epoch", "never"] | int
 
-# What a method starts from where `lr`, `lr_head` and `rank` are left out; results/cola shows how each does there.
+# What a method starts from where `lr`, `lr_head` and `rank` are left out; results/glue shows how each does there.
 DEFAULT_RANK = {
     **{"vera": 256, "dvora": 256, "lora": 8, "lora_fa": 8, "lora_xs": 16, "dylora": 8, "adalora": 8},
     **dict.fromkeys(("adapter_h", "adapter_p", "adapter_l", "adapter_d"), 16),

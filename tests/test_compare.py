@@ -1,0 +1,106 @@
+"""Tables of quality: the rate is chosen on held-out rows, differences are paired, cells come from result files."""
+
+import json
+import math
+
+import pytest
+import yaml
+
+from veralib.commands.train import resolve
+from veralib.paper import cells, grid
+from veralib.paper.compare import chosen, interval, paired, verdict
+from veralib.paper.published import TABLES
+
+
+def run(name, value, seed, held_out, test, **more):
+    return {
+        **{"task": "cola", "name": name, "rate": "lr", "value": value, "seed": seed, "adapter_parameters": 7, "adapter_bytes": 9},
+        "metrics": {"eval_matthews": held_out, "test_matthews": test},
+        **{"seconds_per_step": 0.01, "base": {"name": "b", "sha256": "0"}, "versions": {"torch": "2"}},
+        **{"hardware": {"processor": "p", "threads": 1}, **more},
+    }
+
+
+def test_the_rate_is_chosen_on_held_out_rows_among_those_with_most_seeds():
+    runs = [run("x", 0.1, 0, 0.50, 0.10), run("x", 0.1, 1, 0.60, 0.30)]
+    runs += [run("x", 0.2, 0, 0.40, 0.90), run("x", 0.2, 1, 0.41, 0.90), run("x", 0.3, 0, 0.99, 0.99)]
+    (line,) = chosen(runs, "matthews")
+    assert line.value == 0.1 and line.scores == pytest.approx({0: 10.0, 1: 30.0})
+    assert line.held_out == pytest.approx({0: 50.0, 1: 60.0})
+
+
+def test_an_interval_is_students():
+    # n = 3, mean 2, standard deviation 1: ± 4.302653 / √3, from a printed t table (0.975, 2 degrees).
+    low, high = interval([1.0, 2.0, 3.0])
+    assert (low, high) == pytest.approx((2 - 4.302653 / math.sqrt(3), 2 + 4.302653 / math.sqrt(3)), abs=1e-5)
+    assert interval([1.0]) is None
+    one = chosen([run("a", 1, s, 0, t) for s, t in ((0, 0.5), (1, 0.7), (2, 0.9))], "matthews")[0]
+    other = chosen([run("b", 1, s, 0, t) for s, t in ((1, 0.6), (2, 0.7), (3, 0.1))], "matthews")[0]
+    middle, ends, seeds = paired(one, other)
+    assert (middle, seeds) == (pytest.approx(15.0), 2) and ends[0] < 15 < ends[1]
+
+
+@pytest.mark.parametrize(
+    ("ends", "says"),
+    [
+        ((-0.9, 0.9), "on par"),
+        ((0.1, 5), "better"),
+        ((-5, -0.1), "worse"),
+        ((-2, 2), "undecided"),
+        (None, "one seed says nothing"),
+    ],
+)
+def test_what_an_interval_says(ends, says):
+    assert verdict(ends) == says
+
+
+def test_a_cell_is_the_median_of_its_runs_or_a_command_that_runs(tmp_path, monkeypatch):
+    monkeypatch.delenv("VERALIB_DATA", raising=False)
+    for seed, score in enumerate((0.78, 0.80, 0.85)):
+        place = tmp_path / "glue-rte-base" / f"vera-seed{seed}"
+        place.mkdir(parents=True)
+        (place / "result.json").write_text(json.dumps({"metrics": {"eval_accuracy": score}}))
+    found = cells.table("table2", tmp_path)["cells"]
+    ours = [c for c in found if c["ours"] is not None]
+    assert len(found) == 13 * 6 and len(ours) == 1
+    assert (ours[0]["printed"], ours[0]["ours"], ours[0]["seeds"]) == (78.7, pytest.approx(80.0), 3)
+    assert ours[0]["difference"] == pytest.approx(1.3) and ours[0]["command"] is None
+    checked = 0
+    for name in TABLES:
+        for cell in cells.table(name, tmp_path)["cells"]:
+            if cell["command"] and not cell["command"].split()[2].startswith("images"):
+                words = cell["command"].split()
+                flags = dict(zip(words[3::2], words[4::2], strict=True))
+                sets = [flags.pop("--set")] if "--set" in flags else []
+                protocol = flags.pop("--protocol", None)
+                settings, _ = resolve(words[2], sets, protocol, {k[2:]: v for k, v in flags.items()})
+                assert settings.method == flags["--method"] and settings.output.startswith("results/runs/" + words[2])
+                checked += 1
+    assert checked > 100
+
+
+def test_each_table_is_written_and_names_its_missing_cells(tmp_path):
+    for name, table in TABLES.items():
+        found = cells.make(name, tmp_path, tmp_path / "runs")
+        text = (tmp_path / f"{name}.md").read_text()
+        assert len(found["cells"]) == len(table.rows) * len(table.columns)
+        assert table.title in text and "vera train" in text and str(tmp_path) not in text
+
+
+def test_a_grids_page_is_rendered_from_its_files(tmp_path):
+    methods = {n: {"method": "vera", "sweep": {"lr": [0.1]}} for n in ("LoRA r=1", "LoRA r=8", "VeRA")}
+    raw = {"title": "A grid", "common": {"model": "m", "data": "d", "metric": "matthews"}, "methods": methods}
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump({**raw, "tasks": {"cola": {}, "mrpc": {}}, "seeds": [0, 1, 2]}))
+    out = tmp_path / "results"
+    (out / "cola").mkdir(parents=True)
+    for name, base in (("LoRA r=1", 0.5), ("LoRA r=8", 0.7), ("VeRA", 0.6)):
+        for seed in range(3):
+            (out / "cola" / f"{name}{seed}.json".replace(" ", "-")).write_text(
+                json.dumps(run(name, 0.1, seed, 0.5, base + seed / 100))
+            )
+    found = grid.make("glue", tmp_path / "grid.yaml", tmp_path, out)
+    page = (out / "README.md").read_text()
+    assert [line["mean"] for line in found["tasks"]["cola"]] == pytest.approx([51, 71, 61]) and found["tasks"]["mrpc"] == []
+    assert "| VeRA | 7 | 9 | lr 0.1 | 50.0 ± 0.0 | **61.0 ± 1.0** | 3 |" in page
+    assert "| VeRA | +10.0 | +10.0 to +10.0 | better |" in page and "| VeRA | -10.0 | -10.0 to -10.0 | worse |" in page
+    assert (out / "quality.png").stat().st_size > 1000 and "runs are missing" in page and "- mrpc, VeRA: 3" in page

@@ -1,0 +1,151 @@
+"""Recipes: the published values reach the run, local files in their original form train, and what they can't do is said."""
+
+import json
+
+import pytest
+
+from tests.training.tiny import make_bert
+from veralib.commands.train import resolve
+from veralib.errors import ConfigError, DataError, UnknownName
+from veralib.recipes import RECIPES, find_recipe, remarks, settings_of
+from veralib.training import train
+from veralib.training.plan import plan
+
+GOOD, BAD = "a fine and lovely day", "an awful dull evening"
+
+
+def test_every_recipe_and_method_resolves_to_valid_settings(monkeypatch):
+    monkeypatch.delenv("VERALIB_DATA", raising=False)
+    seen = 0
+    for name, recipe in RECIPES.items():
+        for method in (*recipe.methods, "dvora"):
+            settings = settings_of(name, method)
+            assert settings.method == method and "/" in settings.data[0] and settings.model == recipe.model
+            assert remarks(name, method)
+            seen += 1
+    assert seen >= 2 * 6 * 4 + 2 * 4 * 5
+
+
+# Typed from the paper's Tables 8, 9, 10 and 11, and Hu et al.'s Tables 9 and 11, apart from the recipes.
+@pytest.mark.parametrize(
+    ("name", "method", "printed"),
+    [
+        (
+            "glue-rte-base",
+            "vera",
+            {"rank": 1024, "epochs": 160, "lr": 4e-3, "lr_head": 1e-2, "batch_size": 64, "max_length": 512},
+        ),
+        ("glue-mrpc-base", "vera", {"epochs": 30, "lr": 1e-2, "lr_head": 4e-3, "warmup": 0.06, "schedule": "linear"}),
+        (
+            "glue-sst2-large",
+            "vera",
+            {"rank": 256, "epochs": 10, "lr": 1e-2, "lr_head": 6e-3, "batch_size": 32, "accumulation": 4},
+        ),
+        ("glue-qnli-large", "vera", {"epochs": 20, "lr": 1e-2, "lr_head": 2e-4, "max_length": 128}),
+        ("glue-stsb-large", "vera", {"epochs": 20, "lr": 2e-2, "lr_head": 2e-3, "metric": "pearson", "task": "regression"}),
+        ("glue-cola-base", "lora", {"rank": 8, "epochs": 80, "lr": 4e-4, "batch_size": 32, "metric": "matthews"}),
+        ("glue-rte-large", "lora", {"epochs": 20, "lr": 4e-4, "batch_size": 8, "accumulation": 1}),
+        (
+            "instruct-llama2-13b",
+            "vera",
+            {"rank": 1024, "lr": 4e-3, "batch_size": 4, "accumulation": 4, "warmup": 0.1, "epochs": 1},
+        ),
+        (
+            "instruct-llama-7b",
+            "lora",
+            {"rank": 64, "lr": 4e-4, "schedule": "cosine", "quantise": "4bit", "targets": "all-linear"},
+        ),
+        ("e2e-medium", "vera", {"rank": 1024, "lr": 1e-1, "epochs": 5, "batch_size": 8, "warmup": 500, "weight_decay": 0.01}),
+        ("e2e-large", "vera", {"lr": 2e-2, "training": {"label_smoothing_factor": 0.1}}),
+    ],
+)
+def test_the_published_values_are_in_the_settings(name, method, printed, monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    settings = settings_of(name, method)
+    assert {k: getattr(settings, k) for k in printed} == printed
+
+
+def test_the_large_models_four_gpus_become_accumulation(monkeypatch):
+    for processes, accumulation in ((1, 4), (2, 2), (4, 1), (8, 1)):
+        monkeypatch.setenv("WORLD_SIZE", str(processes))
+        assert settings_of("glue-cola-large").accumulation == accumulation
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    return make_bert(tmp_path_factory.mktemp("bert"))
+
+
+@pytest.fixture
+def glue(tmp_path):
+    """MRPC, CoLA and STS-B in their original files' form, made up."""
+    texts = [(GOOD, GOOD, 1), (GOOD, BAD, 0), (BAD, BAD, 1), (BAD, GOOD, 0)]
+    mrpc = ["Quality\t#1 ID\t#2 ID\t#1 String\t#2 String"]
+    mrpc += [f"{same}\t{i}\t{i + 9}\t{a} {i}\t{b}" for i, (a, b, same) in enumerate(texts * 6)]
+    cola = [f"gj04\t{i % 2}\t{'*' if i % 2 else ''}\t{(GOOD, BAD)[i % 2]} {i}" for i in range(24)]
+    stsb = ["index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2\tscore"]
+    stsb += [f"{i}\tm\tf\t2012\t{i}\tnone\tnone\t{a}\t{b}\t{5.0 * same:.3f}" for i, (a, b, same) in enumerate(texts * 6)]
+    for name, rows in {"MRPC": mrpc, "CoLA": cola, "STS-B": stsb}.items():
+        folder = tmp_path / "glue" / name
+        folder.mkdir(parents=True)
+        for split in ("train", "dev"):
+            text = "\n".join(rows) + "\n"
+            (folder / f"{split}.tsv").write_text("\ufeff" + text if name == "MRPC" else text)
+    return tmp_path
+
+
+@pytest.mark.parametrize(("task", "metric"), [("mrpc", "accuracy"), ("cola", "matthews"), ("stsb", "pearson")])
+@pytest.mark.parametrize("protocol", ["published", "honest"])
+def test_the_original_files_train_by_either_protocol(task, metric, protocol, glue, bert, tmp_path, monkeypatch):
+    monkeypatch.setenv("VERALIB_DATA", str(glue))
+    small = {"model": bert, "epochs": 2, "rank": 4, "max_length": 24, "batch_size": 8, "plot": False, "output": tmp_path / "run"}
+    result = train(settings_of(f"glue-{task}-base", protocol=protocol, **small))
+    scored = "eval" if protocol == "published" else "test"
+    assert f"{scored}_{metric}" in result.metrics and result.rows[{"eval": "validation"}.get(scored, scored)] == 24
+    assert result.rows["train"] == (24 if protocol == "published" else 22)
+    assert {"published": 1, "honest": 2}[protocol] == len(result.rows) - 1
+
+
+def test_bad_input_is_answered_in_words(glue, bert, monkeypatch):
+    with pytest.raises(UnknownName, match=r"glue-rte-base"):
+        find_recipe("glue-rte-bse")
+    with pytest.raises(ConfigError, match="published or honest"):
+        settings_of("glue-rte-base", protocol="fair")
+    with pytest.raises(ConfigError, match="chooses nothing"):
+        settings_of("images-cifar100-base", protocol="honest")
+    with pytest.raises(ConfigError, match="bettr"):
+        settings_of("glue-rte-base", method="bettr")
+    monkeypatch.setenv("VERALIB_DATA", str(glue))
+    folder = glue / "glue" / "CoLA"
+    (folder / "dev.tsv").rename(folder / "held.tsv")
+    with pytest.raises(DataError, match="dev"):
+        train(settings_of("glue-cola-base", model=bert, output=glue / "run"))
+    (folder / "dev.tsv").write_text("index\tsentence\n0\tNo labels here.\n")  # what GLUE's test files look like
+    with pytest.raises(DataError, match="2 fields, expected 4"):
+        train(settings_of("glue-cola-base", model=bert, output=glue / "run"))
+
+
+def test_the_command_line_resolves_recipes_files_and_flags(tmp_path, monkeypatch):
+    monkeypatch.delenv("VERALIB_DATA", raising=False)
+    settings, notes = resolve("glue-rte-base", ["training.bf16=true"], "honest", {"method": "lora", "epochs": "3"})
+    assert (settings.method, settings.epochs, settings.validation, settings.test) == ("lora", 3, "0.1", "validation")
+    assert settings.training == {"bf16": True} and any("honest" in n for n in notes)
+    with pytest.raises(UnknownName, match="glue-rte-large"):
+        resolve("glue-rte-larg", [], None, {})
+    with pytest.raises(ConfigError, match="belongs to a recipe"):
+        resolve(None, [], "honest", {"model": "m", "data": "d"})
+
+
+@pytest.mark.parametrize(("method", "rank", "count"), [("vera", 1024, 43_008), ("lora", 8, 294_912), ("head", None, 0)])
+def test_a_plan_counts_without_weights(method, rank, count, tmp_path):
+    config = {"model_type": "roberta", "vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    settings = settings_of("glue-rte-base", method, model=tmp_path, data="nyu-mll/glue")
+    found = plan(settings)
+    assert (found.adapter_parameters, found.head_parameters) == (count, 768 * 768 + 768 + 2 * 768 + 2)
+    assert found.base_parameters == 124_055_040  # RobertaModel without its pooler, at its config's defaults
+    assert found.weights_bytes == 4 * (found.base_parameters + found.head_parameters)
+    assert found.training_bytes == 16 * (count + found.head_parameters)
+    # Half as long rows: half the activations; and at 4 bits the linears' weights shrink, not the embeddings.
+    assert plan(settings.replace(max_length=256)).activations_bytes * 2 == found.activations_bytes
+    assert 0.4 < plan(settings.replace(quantise="4bit")).weights_bytes / found.weights_bytes < 0.5

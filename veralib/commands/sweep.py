@@ -1,0 +1,39 @@
+"""vera sweep: a grid of runs."""
+
+from typer import Argument, Exit, Option
+
+
+def sweep(
+    grid: str = Argument(..., metavar="GRID.YAML", help="Tasks, methods, rates and seeds."),
+    output: str = Option(None, help="Folder for the result files; left out: the grid's own."),
+    jobs: int = Option(1, min=1, help="Runs at a time, each on its own GPU, or its share of the cores."),
+    shard: str = Option("1/1", help='"3/16": the third of 16 parts, one for each job of a cluster\'s array.'),
+    only: str = Option("", help='Only the runs whose "task/method" holds this: cola, "mrpc/LoRA".'),
+    dry_run: bool = Option(False, "--dry-run", help="List the runs that are missing."),
+) -> None:
+    """Run a grid; runs that have their result file aren't repeated.
+
+    Examples:
+
+        vera sweep experiments/glue.yaml --jobs 2
+
+        vera sweep experiments/glue.yaml --jobs 8 --shard $SLURM_ARRAY_TASK_ID/16
+    """
+    from ..errors import ConfigError
+    from ..training.sweep import read_grid, run_grid
+
+    found = read_grid(grid, output)
+    try:
+        part, parts = (int(n) for n in shard.split("/"))
+    except ValueError as e:
+        raise ConfigError(f'shard is "{shard}", expected a part of how many, such as 3/16') from e
+    if not 1 <= part <= parts:
+        raise ConfigError(f'shard is "{shard}", expected a part from 1 to {parts}')
+    if dry_run:
+        for cell in found.missing(only)[part - 1 :: parts]:
+            print(cell.file(found.output))
+        return
+    failed = run_grid(found, jobs, (part, parts), only, lambda line: print(line, flush=True))
+    if failed:
+        print("\n".join([f"{len(failed)} runs failed; started again, the grid runs them again:", *failed]))
+        raise Exit(1)

@@ -1,0 +1,79 @@
+"""Runs of a grid compared: the rate chosen on held-out rows, the mean of the seeds, differences paired by seed."""
+
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+MARGIN = 1.0
+"""Points on the 0 to 100 scale within which two methods count as on par; set before the runs were looked at."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One method on one task at its chosen rate. held_out, scores: by seed, × 100."""
+
+    task: str
+    name: str
+    rate: str
+    value: float
+    parameters: int
+    bytes: int
+    held_out: dict[int, float]
+    scores: dict[int, float]
+    seconds_per_step: float
+
+
+def chosen(results: Sequence[dict[str, Any]], metric: str) -> list[Line]:
+    """A line for each method of one task: of its rates, the one with the best mean held-out score among those that ran the
+    most seeds; a rate that has only failed to diverge on one seed can't win against one with three."""
+    by: dict[str, dict[float, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    for r in results:
+        by[r["name"]][r["value"]].append(r)
+    lines = []
+    for name, rates in by.items():
+        most = max(len(runs) for runs in rates.values())
+        full = {value: runs for value, runs in rates.items() if len(runs) == most}
+        value = max(full, key=lambda v: statistics.mean(r["metrics"][f"eval_{metric}"] for r in full[v]))
+        runs = full[value]
+        lines.append(
+            Line(
+                **{"task": runs[0]["task"], "name": name, "rate": runs[0]["rate"], "value": value},
+                **{"parameters": runs[0]["adapter_parameters"], "bytes": runs[0]["adapter_bytes"]},
+                held_out={r["seed"]: 100 * r["metrics"][f"eval_{metric}"] for r in runs},
+                scores={r["seed"]: 100 * r["metrics"][f"test_{metric}"] for r in runs},
+                seconds_per_step=statistics.median(r["seconds_per_step"] for r in runs),
+            )
+        )
+    return lines
+
+
+def interval(differences: Sequence[float]) -> tuple[float, float] | None:
+    """The 95 % t interval of a mean of paired differences; None of fewer than two."""
+    from scipy import stats
+
+    if len(differences) < 2:
+        return None
+    middle, error = statistics.mean(differences), stats.sem(differences)
+    half = float(stats.t.ppf(0.975, len(differences) - 1)) * float(error)
+    return middle - half, middle + half
+
+
+def paired(one: Line, other: Line) -> tuple[float, tuple[float, float] | None, int]:
+    """(mean, 95 % interval, seeds) of one's score minus the other's, over the seeds that both ran."""
+    seeds = sorted(one.scores.keys() & other.scores.keys())
+    differences = [one.scores[s] - other.scores[s] for s in seeds]
+    return (statistics.mean(differences) if differences else float("nan")), interval(differences), len(seeds)
+
+
+def verdict(low_high: tuple[float, float] | None, margin: float = MARGIN) -> str:
+    """What an interval of a difference says: better, worse, on par (all of it within the margin), or undecided."""
+    if low_high is None:
+        return "one seed says nothing"
+    low, high = low_high
+    if -margin <= low and high <= margin:
+        return "on par"
+    if low > 0:
+        return "better"
+    return "worse" if high < 0 else "undecided"

@@ -1,0 +1,116 @@
+"""A grid's page: what `vera sweep` found, task by task, rendered from its result files alone."""
+
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..training.sweep import Grid, load_results, read_grid
+from .compare import MARGIN, Line, chosen, paired, verdict
+from .pages import Table, page, write
+
+AGAINST = ("LoRA r=1", "LoRA r=8")
+COLUMNS = ("method", "trained parameters", "adapter bytes", "rate", "held-out", "test", "seeds", "ms a step")
+
+
+def make(name: str, grid_file: Path, folder: Path | None = None, place: Path | None = None) -> dict[str, Any]:
+    """README.md, NAME.json and quality.png in the grid's output folder."""
+    grid = read_grid(grid_file, place)
+    results = load_results(grid.output, list(dict.fromkeys(c.name for c in grid.cells)))
+    by_task = {task: chosen([r for r in results if r["task"] == task], metric) for task, metric in grid.metrics.items()}
+    tables: list[Table] = []
+    for task, lines in by_task.items():
+        if not lines:
+            continue
+        tables.append((f"{task}: {grid.metrics[task]} × 100", COLUMNS, [_line(line) for line in lines]))
+        for against in AGAINST:
+            if reference := next((line for line in lines if line.name == against), None):
+                rows = [_difference(line, reference) for line in lines if line is not reference]
+                tables.append(
+                    (f"{task}: minus {against}, paired by seed", ("method", "difference", "95 % interval", "says"), rows)
+                )
+    missing = grid.missing()
+    remarks = [
+        "The rate is the one with the best mean on held-out training rows; the test set is the official development set, scored "
+        "once a run. Mean ± standard deviation over seeds. The head trains in full in every method; it counts in the bytes, not "
+        f"in the parameters. On par: the whole interval within ± {MARGIN:g} points, a margin set before the runs. Steps are "
+        "timed with other runs beside them.",
+        *_machine(results),
+        f"{len(missing)} of {len(grid.cells)} runs are missing" + (f": `vera sweep {grid_file}`" if missing else "") + ".",
+        *_by_task(missing),
+    ]
+    if any(by_task.values()):
+        _plot(by_task, grid, grid.output / "quality.png")
+        remarks.insert(0, "![quality over bytes](quality.png)")
+    found = {
+        "title": grid.title,
+        "tasks": {
+            task: [{**vars(line), "mean": statistics.mean(line.scores.values())} for line in lines]
+            for task, lines in by_task.items()
+        },
+        "missing": len(missing),
+    }
+    text = page(grid.title, name, tables, remarks)
+    write(grid.output, name, found, text)
+    (grid.output / f"{name}.md").replace(grid.output / "README.md")
+    if folder is not None and folder != grid.output:
+        (folder / f"{name}.md").write_text(
+            text.replace("(quality.png)", f"(../{grid.output.name}/quality.png)").rstrip("\n") + "\n"
+        )
+    return found
+
+
+def mean_std(values: Any) -> str:
+    """ "mean ± standard deviation" of scores."""
+    values = list(values)
+    return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+
+
+def _line(line: Line) -> tuple[str, ...]:
+    return (
+        *(line.name, f"{line.parameters:,}", f"{line.bytes:,}", f"{line.rate} {line.value:g}"),
+        *(mean_std(line.held_out.values()), f"**{mean_std(line.scores.values())}**", str(len(line.scores))),
+        f"{1000 * line.seconds_per_step:.0f}",
+    )
+
+
+def _difference(line: Line, reference: Line) -> tuple[str, ...]:
+    middle, ends, _ = paired(line, reference)
+    return line.name, f"{middle:+.1f}", "–" if ends is None else f"{ends[0]:+.1f} to {ends[1]:+.1f}", verdict(ends)
+
+
+def _machine(results: list[dict[str, Any]]) -> list[str]:
+    if not results:
+        return []
+    last = results[-1]
+    where = last["hardware"].get("gpu") or f"{last['hardware']['processor']}, {last['hardware']['threads']} thread a run"
+    return [f"Base: {last['base']['name']}. Run on {where}; {', '.join(f'{k} {v}' for k, v in last['versions'].items())}."]
+
+
+def _by_task(missing: list[Any]) -> list[str]:
+    counts: dict[tuple[str, str], int] = {}
+    for cell in missing:
+        counts[cell.task, cell.name] = counts.get((cell.task, cell.name), 0) + 1
+    return ["\n".join(f"- {task}, {name}: {count}" for (task, name), count in counts.items())] if counts else []
+
+
+def _plot(by_task: Mapping[str, list[Line]], grid: Grid, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shown = {task: lines for task, lines in by_task.items() if lines}
+    figure, axes = plt.subplots(1, len(shown), figsize=(5.5 * len(shown), 4), squeeze=False)
+    for axis, (task, lines) in zip(axes[0], shown.items(), strict=True):
+        for line in lines:
+            scores = list(line.scores.values())
+            axis.errorbar(line.bytes, statistics.mean(scores), yerr=statistics.stdev(scores) if len(scores) > 1 else 0, fmt="o")
+            axis.annotate(line.name, (line.bytes, statistics.mean(scores)), textcoords="offset points", xytext=(5, 4), fontsize=8)
+        axis.set(
+            xscale="log", xlabel="bytes stored for an adapter and its head", ylabel=f"{grid.metrics[task]} × 100", title=task
+        )
+        axis.margins(x=0.25)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

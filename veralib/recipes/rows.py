@@ -1,0 +1,37 @@
+"""What a recipe is: the settings that a paper prints for one cell of its tables, as one typed row."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Protocol = Literal["published", "honest"]
+Fields = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a recipe's data are. hub, local: the settings that read each form; a local folder holds the original files."""
+
+    hub: Fields
+    folder: str | None = None
+    """Below VERALIB_DATA."""
+    local: Fields = field(default_factory=dict)
+    dev: tuple[str, str] | None = None
+    """The development split's name in the hub's form and in the local one; None: there is no protocol to choose."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One cell. common: settings of every method; methods: what differs by method, as published; source: where it is printed."""
+
+    name: str
+    title: str
+    source: str
+    model: str
+    data: Source
+    common: Fields
+    methods: Mapping[str, Fields]
+    processes: int = 1
+    """GPUs of the published run; on fewer, gradients are accumulated to the same batch."""
+    notes: tuple[str, ...] = ()
+    """What the source leaves open, and what is taken here."""

@@ -1,0 +1,85 @@
+"""plan: what a run would train and how much memory it would take, from the base model's config alone, without its weights."""
+
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from ..errors import ConfigError, need
+from .loading import check_model_name, head_modules, quiet_transformers
+from .settings import Settings
+
+LINEAR_BYTES = {"4bit": 0.516, "8bit": 1.0}
+"""A quantised linear's bytes a weight: NF4 with doubly quantised scales of blocks of 64 (Dettmers et al. 2023, section 3)."""
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Parameters, and bytes of memory by what they hold. activations_bytes is an estimate; the others are counts."""
+
+    base_parameters: int
+    adapter_parameters: int
+    head_parameters: int
+    weights_bytes: int
+    training_bytes: int
+    """Value, gradient and two moments of AdamW in float32, for what trains beside the base's own weights."""
+    activations_bytes: int
+
+    @property
+    def bytes(self) -> int:
+        return self.weights_bytes + self.training_bytes + self.activations_bytes
+
+
+def plan(settings: Settings, labels: int = 2) -> Plan:
+    """The plan of a run. ConfigError where the model's config can't be had, or the method can't adapt it.
+
+    Activations are estimated as 34 bytes a token, block and hidden dimension at 16 bits, attention's scores left out
+    (Korthikanti et al. 2022, equation 2), and for language models twice the logits in float32.
+    """
+    try:
+        import torch
+        import transformers
+    except ImportError as e:
+        raise need("transformers", "cli", "A plan of a run") from e
+    from ..baselines import find_method
+
+    check_model_name(settings.model)
+    classifies, images = settings.task in ("classification", "regression"), settings.task == "images"
+    auto: Any = transformers.AutoModelForSequenceClassification if classifies else transformers.AutoModelForCausalLM
+    if images:
+        auto = transformers.AutoModelForImageClassification
+    try:
+        with torch.device("meta"), quiet_transformers():
+            config = transformers.AutoConfig.from_pretrained(settings.model, revision=settings.revision)
+            if classifies or images:
+                config.num_labels = 1 if settings.task == "regression" else labels
+            model = auto.from_config(config)
+            head = head_modules(model) if classifies or images else ()
+            linears = sum(m.weight.numel() for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n not in head)
+            base = sum(p.numel() for p in model.parameters())
+            attached = find_method(settings.method)(model, settings, head)
+    except (OSError, ValueError, KeyError) as e:
+        raise ConfigError(f'can\'t read the config of "{settings.model}" for {settings.task}: {e}') from e
+    wide = DTYPE_BYTES[settings.dtype]
+    of_linears = LINEAR_BYTES[settings.quantise] if settings.quantise else wide
+    in_heads = attached.head_parameters
+    trained = attached.adapter_parameters + in_heads
+    body = getattr(config, "text_config", config)
+    tokens = settings.batch_size * (_patches(config) if images else settings.max_length)
+    blocks, hidden = body.num_hidden_layers, body.hidden_size
+    logits = 0 if classifies or images else 2 * 4 * tokens * body.vocab_size
+    return Plan(
+        base_parameters=base - in_heads,
+        adapter_parameters=attached.adapter_parameters,
+        head_parameters=in_heads,
+        weights_bytes=int(linears * of_linears + (base - linears) * wide),
+        training_bytes=(12 if settings.method == "full" else 16) * trained,
+        activations_bytes=34 * tokens * blocks * hidden * wide // 2 + logits,
+    )
+
+
+def _patches(config: Any) -> int:
+    """Tokens of one image."""
+    size, patch = config.image_size, config.patch_size
+    pair = [n if isinstance(n, (list, tuple)) else (n, n) for n in (size, patch)]
+    return 1 + prod(a // b for a, b in zip(*pair, strict=True))

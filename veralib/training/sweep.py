@@ -1,0 +1,197 @@
+"""A grid of runs: tasks × methods × rates × seeds, one result file each. `vera sweep grid.yaml` is this.
+
+    output: results/glue
+    common: {model: minilm_l6_fp16, epochs: 3}
+    tasks:
+      cola: {data: glue/CoLA, text: sentence, metric: matthews}
+    methods:
+      LoRA r=1: {method: lora, rank: 1, sweep: {lr: [5e-4, 1.5e-3, 5e-3]}}
+    seeds: [0, 1, 2]
+
+Relative paths of models and data are looked for below VERALIB_DATA. A run that has its file isn't repeated.
+"""
+
+import itertools
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError, VeraError, unknown_text
+from .data import sha256_file
+from .folder import write_json
+from .settings import Settings
+
+KEYS = ("output", "title", "common", "tasks", "methods", "seeds")
+LEFT_OUT = ("history", "output", "settings", "labels", "files", "resumed", "plot")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run. rate, value: the setting that is swept, and what it is here."""
+
+    task: str
+    name: str
+    fields: Mapping[str, Any]
+    rate: str
+    value: float
+    seed: int
+
+    def file(self, output: Path) -> Path:
+        """Its result file below the grid's output folder."""
+        name = "".join(c if c.isalnum() or c in ".=" else "-" for c in self.name.lower()).replace("=", "")
+        return output / self.task / f"{name}-{self.rate}{self.value:g}-seed{self.seed}.json"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A checked grid. metrics: what each task is judged by."""
+
+    output: Path
+    title: str
+    cells: tuple[Cell, ...]
+    metrics: Mapping[str, str]
+
+    def missing(self, only: str = "") -> list[Cell]:
+        """The runs without a result file, seed by seed, so that an unfinished grid has every method and rate. only: those whose
+        "task/method" holds this text. ConfigError where no run of the grid does."""
+        chosen = [c for c in self.cells if only.lower() in f"{c.task}/{c.name}".lower()]
+        if not chosen:
+            there = ", ".join(dict.fromkeys(f"{c.task}/{c.name}" for c in self.cells))
+            raise ConfigError(f'no run of this grid is called "{only}". There: {there}.')
+        return [c for c in sorted(chosen, key=lambda c: c.seed) if not c.file(self.output).exists()]
+
+
+def read_grid(path: str | Path, output: str | Path | None = None) -> Grid:
+    """The grid of a YAML file. ConfigError lists every fault: unknown keys, and settings that no run would take."""
+    import yaml
+
+    try:
+        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+        raise ConfigError(f"can't read the grid {path}: {e}") from e
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} holds a {type(raw).__name__}, expected a grid: {', '.join(KEYS)}")
+    faults = [unknown_text("key of a grid", k, KEYS) for k in raw if k not in KEYS]
+    faults += [f"{k} is missing or empty" for k in ("methods",) if not raw.get(k)]
+    if not faults:
+        common, tasks = raw.get("common") or {}, raw.get("tasks") or {"": {}}
+        cells = list(_cells(common, tasks, raw["methods"], raw.get("seeds") or [0], faults))
+        checked = {task: _check(c, faults) for task, c in {c.task: c for c in cells}.items()}
+        for cell in {(c.task, c.name): c for c in cells}.values():
+            _check(cell, faults)
+    if faults:
+        raise ConfigError("\n  ".join([f"the grid {path}:", *dict.fromkeys(faults)]))
+    place = Path(output or raw.get("output") or Path(path).stem)
+    return Grid(place, raw.get("title") or Path(path).stem, tuple(cells), {t: s.resolved_metric for t, s in checked.items() if s})
+
+
+def _cells(common: Any, tasks: Any, methods: Any, seeds: Any, faults: list[str]) -> Iterator[Cell]:
+    for (task, of_task), (name, of_method), seed in itertools.product(tasks.items(), methods.items(), seeds):
+        fields = {**common, **of_task, **of_method}
+        swept = fields.pop("sweep", None) or {"lr": [fields.pop("lr", None)]}
+        if not isinstance(swept, dict) or len(swept) != 1 or None in next(iter(swept.values())):
+            faults.append(f"{name}: sweep is {swept!r}, expected one setting with its values, such as {{lr: [1e-3, 1e-2]}}")
+            continue
+        [(rate, values)] = swept.items()
+        for value in values:
+            yield Cell(str(task), str(name), fields, rate, float(value), int(seed))
+
+
+def settings_of(cell: Cell, output: str | Path) -> Settings:
+    """A cell's settings. VeRA's basis has the run's seed."""
+    fields = {**cell.fields, cell.rate: cell.value, "seed": cell.seed, "basis_seed": cell.seed, "output": output}
+    for name in ("model", "data"):
+        fields[name] = _found(fields.get(name))
+    return Settings(**fields)
+
+
+def _found(name: Any) -> Any:
+    """A path below VERALIB_DATA, where there is one; else the name as it is: a hub id, or a path of its own."""
+    home = os.environ.get("VERALIB_DATA")
+    if isinstance(name, str) and home and not Path(name).exists() and (Path(home) / name).exists():
+        return str(Path(home) / name)
+    return name
+
+
+def _check(cell: Cell, faults: list[str]) -> Settings | None:
+    try:
+        return settings_of(cell, "unused")
+    except VeraError as e:
+        faults.append(f"{cell.task} {cell.name}: {e}")
+        return None
+
+
+def run_grid(
+    grid: Grid, jobs: int = 1, shard: tuple[int, int] = (1, 1), only: str = "", log: Callable[[str], None] = print
+) -> list[str]:
+    """Every missing run of this shard, `jobs` at a time, each on a GPU of its own where there are some; what failed, in words.
+
+    shard: (3, 16) is the third of 16 equal parts, for the job arrays of a cluster's own scheduler.
+    """
+    missing = grid.missing(only)[shard[0] - 1 :: shard[1]]
+    log(f"{len(missing)} of {len(grid.cells)} runs to do")
+    failed: list[str] = []
+    if not missing:
+        return failed
+    # Spawned, not forked: CUDA can't live on in a forked process.
+    context = get_context("spawn")
+    numbers = context.Queue()
+    for number in range(jobs):
+        numbers.put(number)
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_share, initargs=(numbers, jobs)) as pool:
+        waiting = {pool.submit(run_cell, cell, grid.output): cell for cell in missing}
+        for number, done in enumerate(as_completed(waiting), 1):
+            cell = waiting[done]
+            what = f"{cell.task} {cell.name} {cell.rate}={cell.value:g} seed {cell.seed}"
+            try:
+                log(f"{number}/{len(missing)} {what}: {done.result()}")
+            except VeraError as e:
+                failed.append(f"{what}: {e}")
+                log(f"{number}/{len(missing)} {what} failed: {e}")
+    return failed
+
+
+def _share(numbers: Any, jobs: int) -> None:
+    """A worker's share of the machine: one GPU in turn, or its part of the cores."""
+    number = numbers.get()
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(number % torch.cuda.device_count())
+    else:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
+
+
+def run_cell(cell: Cell, output: Path) -> str:
+    """One run; writes its result file, without this machine's paths, and gives its scores as text."""
+    from .run import train
+
+    with tempfile.TemporaryDirectory() as scratch:
+        settings = settings_of(cell, Path(scratch) / "run")
+        result = train(settings).to_dict()
+    weights = Path(settings.model) / "model.safetensors"
+    base = {"name": Path(settings.model).name, "sha256": sha256_file(weights) if weights.exists() else ""}
+    report = {
+        **{"task": cell.task, "name": cell.name, "rate": cell.rate, "value": cell.value, "base": base},
+        "settings": {**cell.fields, cell.rate: cell.value, "seed": cell.seed, "basis_seed": cell.seed},
+        **{k: v for k, v in result.items() if k not in LEFT_OUT},
+    }
+    path = cell.file(output)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, report)
+    shown = {k: v for k, v in report["metrics"].items() if k.endswith(settings.resolved_metric)}
+    return ", ".join(f"{k} {v:.4f}" for k, v in shown.items()) + f", {report['seconds']:.0f} s"
+
+
+def load_results(output: str | Path, names: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Every result file below a grid's output folder, in the order of `names`, then by rate and seed."""
+    import json
+
+    found = [json.loads(p.read_text(encoding="utf-8")) for p in sorted(Path(output).glob("*/*.json"))]
+    place = {name: i for i, name in enumerate(names)}
+    return sorted(found, key=lambda r: (r["task"], place.get(r["name"], len(place)), r["value"], r["seed"]))
