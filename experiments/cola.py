@@ -13,7 +13,9 @@ import os
 import statistics
 import tempfile
 from collections import defaultdict
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,8 @@ from typing import Any
 RESULTS = Path(__file__).parents[1] / "results" / "cola"
 SEEDS = (0, 1, 2)
 # Name -> settings, and the rate that is swept with its values: steps of about three around what each method is known to take.
-GRID: dict[str, tuple[dict[str, Any], str, tuple[float, ...]]] = {
+Grid = dict[str, tuple[dict[str, Any], str, tuple[float, ...]]]
+GRID: Grid = {
     "head only": ({"method": "head"}, "lr_head", (3e-2, 1e-1, 3e-1)),
     "LoRA r=1": ({"method": "lora", "rank": 1}, "lr", (5e-4, 1.5e-3, 5e-3)),
     "LoRA r=8": ({"method": "lora", "rank": 8}, "lr", (5e-4, 1.5e-3, 5e-3)),
@@ -68,13 +71,18 @@ def main(arguments: list[str] | None = None) -> None:
 def run_grid(model: Path, data: Path, epochs: float, jobs: int, results: Path, seeds: Any = SEEDS) -> None:
     """Every run of the grid that has no result file yet, `jobs` at a time."""
     results.mkdir(parents=True, exist_ok=True)
+    run_cells(GRID, seeds, results, jobs, partial(run, model, data, epochs, results))
+
+
+def run_cells(grid: Grid, seeds: Sequence[int], results: Path, jobs: int, one: Callable[..., str]) -> None:
+    """one(name, rate, value, seed) for every cell of the grid without a result file, in processes of their own."""
     # Seed by seed, so that an unfinished grid has every method and rate.
-    cells = [(name, rate, value, seed) for seed in seeds for name, (_, rate, values) in GRID.items() for value in values]
+    cells = [(name, rate, value, seed) for seed in seeds for name, (_, rate, values) in grid.items() for value in values]
     missing = [cell for cell in cells if not file_of(results, *cell).exists()]
     print(f"{len(missing)} of {len(cells)} runs to do", flush=True)
     # Spawned, not forked: CUDA can't live on in a forked process.
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=share_cores, initargs=(jobs,)) as pool:
-        waiting = {pool.submit(run, model, data, epochs, results, *cell): cell for cell in missing}
+        waiting = {pool.submit(one, *cell): cell for cell in missing}
         for number, done in enumerate(as_completed(waiting), 1):
             print(f"{number}/{len(missing)} {waiting[done]}: {done.result()}", flush=True)
 
@@ -94,16 +102,25 @@ def share_cores(jobs: int) -> None:
 def run(model: Path, data: Path, epochs: float, results: Path, name: str, rate: str, value: float, seed: int) -> str:
     """One run; writes its result file, without this machine's paths, and returns its scores as text."""
     from veralib.training import Settings, train
-    from veralib.training.data import sha256_file
     from veralib.training.folder import write_json
 
     fields, _, _ = GRID[name]
     with tempfile.TemporaryDirectory() as scratch:
         given = {**COMMON, **fields, rate: value, "seed": seed, "basis_seed": seed, "epochs": epochs}
         result = train(Settings(model=model, data=data, output=Path(scratch) / "run", **given)).to_dict()
+    report = report_of(result, model, given, name, rate, value)
+    write_json(file_of(results, name, rate, value, seed), report)
+    m = report["metrics"]
+    return f"validation {m['eval_matthews']:.4f}, dev {m['test_matthews']:.4f}, {report['seconds']:.0f} s"
+
+
+def report_of(result: dict[str, Any], model: Path, given: dict[str, Any], name: str, rate: str, value: float) -> dict[str, Any]:
+    """What a run's result file holds: the cell, the settings, the base and the result, without paths of this machine."""
+    from veralib.training.data import sha256_file
+
     weights = model / "model.safetensors"
     kept = {k: v for k, v in result.items() if k not in ("history", "output", "settings", "labels", "files", "resumed")}
-    report = {
+    return {
         "name": name,
         "rate": rate,
         "value": value,
@@ -111,15 +128,12 @@ def run(model: Path, data: Path, epochs: float, results: Path, name: str, rate: 
         "base": {"folder": model.name, "sha256": sha256_file(weights) if weights.exists() else ""},
         **kept,
     }
-    write_json(file_of(results, name, rate, value, seed), report)
-    m = report["metrics"]
-    return f"validation {m['eval_matthews']:.4f}, dev {m['test_matthews']:.4f}, {report['seconds']:.0f} s"
 
 
-def load(results: Path) -> list[dict[str, Any]]:
-    """Every result file, in the grid's order."""
+def load(results: Path, grid: Grid | None = None) -> list[dict[str, Any]]:
+    """Every result file, in the grid's order (left out: this experiment's)."""
     found = [json.loads(p.read_text(encoding="utf-8")) for p in sorted(results.glob("*.json"))]
-    names = list(GRID)
+    names = list(grid or GRID)
     return sorted(found, key=lambda r: (names.index(r["name"]), r["value"], r["seed"]))
 
 
