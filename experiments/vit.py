@@ -152,11 +152,11 @@ def render(results: list[dict[str, Any]]) -> str:
             "",
             f"{given['shots']} images a class train ({rows['train']:,}, other ones for each seed), {given['epochs']:g} epochs, "
             f"batch {given['batch_size']}, AdamW, weight decay {given['weight_decay']:g}, linear schedule with 6 % warm-up. "
-            f"Every method trains the head in full (lr_head {COMMON['lr_head']:g} beside an adapter or all weights); it counts in "
-            f"the bytes, not in the parameters. The learning rate is the one with the best mean accuracy on {rows['validation']:,} "
-            "further training images, held out. The test set is the whole validation set of these classes, "
-            f"{rows['test']:,} images, scored once a run; it chose nothing. Accuracies in %, mean ± standard deviation over the "
-            "seeds.",
+            f"Every method trains the head in full (lr_head {COMMON['lr_head']:g} beside an adapter or all weights); it "
+            "counts in the bytes, not in the parameters. The learning rate is the one with the best mean accuracy on "
+            f"{rows['validation']:,} further training images, held out. The test set is the whole validation set of these "
+            f"classes, {rows['test']:,} images, scored once a run; it chose nothing. Accuracies in %, mean ± standard "
+            "deviation over the seeds.",
             "",
             *table(HEAD, main_rows),
             "",
