@@ -178,10 +178,7 @@ class Vera:
 
     def fleet(self, config: Any, slots: int, dtype: torch.dtype = torch.float32, recompute: bool | None = None) -> "Fleet":
         """A Fleet: room for `slots` owners that train at once, each row of a batch one owner's. Its add(names) lets them in.
-
-        recompute: whether backward computes B u anew, or finds it kept, which is faster and takes an adapted linear's width
-        of numbers more for each token. None: kept on a CPU, computed anew elsewhere.
-        """
+        recompute: backward computes B u anew, or finds it kept: faster, and m numbers more a token. None: kept on a CPU alone."""
         from .fleet import fleet
 
         checked = _checked(config, "fleet", self.model)

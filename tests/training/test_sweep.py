@@ -65,7 +65,7 @@ def test_shards_add_up_and_a_failed_run_stops_nobody(grid_file, tmp_path, monkey
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"method": {}}, 'no key of a grid is called "method"|unknown'),
+        ({"method": {}}, 'no key of a grid "method". Did you mean "methods"'),
         ({"methods": {}}, "methods is missing"),
         ({"methods": {"x": {"method": "vra", "lr": 0.1}}}, "vera"),
         ({"methods": {"x": {"method": "vera", "sweep": {"lr": [0.1], "rank": [1]}}}}, "expected one setting"),

@@ -92,6 +92,66 @@ def make_llama(folder: Path, template: bool = True) -> Path:
     return folder
 
 
+COLOURS = {"blue": (40, 40, 200), "green": (40, 200, 40), "red": (200, 40, 40)}
+
+
+def make_vit(folder: Path, **changes) -> Path:
+    """A saved two-layer ViTModel without a head, 16 x 16 pixels in patches of 8, with its image processor."""
+    import torch
+    from transformers import ViTConfig, ViTImageProcessorPil, ViTModel
+
+    torch.manual_seed(1)
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    config = ViTConfig(**{"image_size": 16, "patch_size": 8, **shape, **changes})
+    ViTModel(config, add_pooling_layer=False).save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder)
+    return folder
+
+
+def jpegs(count: int, seed: int = 0, colours: tuple[str, ...] = tuple(COLOURS)) -> dict[str, list[bytes]]:
+    """`count` JPEG files a class, each of the class's colour under noise, 20 x 24 pixels."""
+    import io
+
+    import numpy as np
+    from PIL import Image
+
+    rng = np.random.default_rng(seed)
+    made: dict[str, list[bytes]] = {}
+    for name in colours:
+        noisy = rng.normal(COLOURS[name], 30, (count, 20, 24, 3)).clip(0, 255).astype(np.uint8)
+        made[name] = []
+        for pixels in noisy:
+            Image.fromarray(pixels).save(file := io.BytesIO(), "JPEG")
+            made[name].append(file.getvalue())
+    return made
+
+
+def write_images(folder: Path, images: dict[str, list[bytes]]) -> Path:
+    """A folder of class folders."""
+    for name, files in images.items():
+        (folder / name).mkdir(parents=True)
+        for i, content in enumerate(files):
+            (folder / name / f"{i:03d}.jpg").write_bytes(content)
+    return folder
+
+
+def write_npz(path: Path, splits: list[dict[str, list[bytes]]]) -> Path:
+    """The layout of veralib/training/images.py; splits: train, then val."""
+    import numpy as np
+
+    names = sorted({name for images in splits for name in images})
+    rows = [(f, names.index(n), s) for s, images in enumerate(splits) for n, files in images.items() for f in files]
+    np.savez(
+        path,
+        data=np.frombuffer(b"".join(f for f, _, _ in rows), np.uint8),
+        offsets=np.cumsum([0, *(len(f) for f, _, _ in rows)]),
+        labels=np.array([label for _, label, _ in rows], np.int16),
+        split=np.array([s for _, _, s in rows], np.int8),
+        names=np.array(names),
+    )
+    return path
+
+
 def sentences(count: int, seed: int = 0) -> list[dict[str, str]]:
     """Rows whose label, "good" or "bad", one word decides."""
     rng = random.Random(seed)

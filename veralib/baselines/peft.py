@@ -100,7 +100,7 @@ def _attach(
         else:
             values.setdefault("target_modules", _default_targets(model))
     if "task_type" in known:
-        tasks = {"classification": "SEQ_CLS", "regression": "SEQ_CLS"}
+        tasks = {"classification": "SEQ_CLS", "regression": "SEQ_CLS", "images": None}  # PEFT has no type for images
         values.setdefault("task_type", tasks.get(settings.task, "CAUSAL_LM"))
     try:
         wrapped: Any = get_peft_model(model, config_type(**values))

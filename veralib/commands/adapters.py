@@ -14,7 +14,7 @@ def merge(
     output: str = Argument(help="Folder for the merged model."),
     model: str = Option(None, help="Base model, if it is elsewhere than in training."),
     dtype: str = Option(None, help="Type of the weights: float32 (as trained), bfloat16, float16, auto (the checkpoint's)."),
-    task: str = Option(None, help="classification, regression or a language task; known of our own files."),
+    task: str = Option(None, help="classification, regression, images or a language task; known of our own files."),
     labels: str = Option(None, help="Label names in the order of their ids, with commas; known of our own files."),
 ) -> None:
     """Write an adapter into its base model's weights: a plain model that transformers loads without veralib.
@@ -46,7 +46,7 @@ def merge(
     try:
         with quiet_transformers():
             base.model.save_pretrained(folder)
-            base.tokenizer.save_pretrained(folder)
+            (base.tokenizer or base.processor).save_pretrained(folder)
     except OSError as e:
         raise ConfigError(f"can't write {folder}: {e.strerror or e}") from e
     layer, share = report.worst

@@ -15,13 +15,15 @@ from ..errors import ConfigError
 
 def predict(
     adapter: str = Argument(help="A run's folder, an adapter file, a folder that PEFT saved, or a hub id."),
-    data: str = Argument(help="csv, tsv, jsonl or txt file with the rows."),
+    data: str = Argument(help="csv, tsv, jsonl or txt file with the rows; for images paths in it, or a folder of images."),
     output: str = Option(None, help="File to write: .jsonl, .csv or .tsv. Left out: jsonl on the screen."),
     model: str = Option(None, help="Base model, if it is elsewhere than in training."),
     adapter_column: str = Option(None, help="Column that names an adapter for each row: a path; empty: the base model."),
     text: str = Option(None, help="Text column or columns, if they are called otherwise than in training."),
     columns: str = Option(None, help="Column names of a csv or tsv file without a header."),
-    task: str = Option(None, help="classification, regression, causal-lm, prompt-completion or chat; known of our own files."),
+    task: str = Option(
+        None, help="classification, regression, images, causal-lm, prompt-completion or chat; known of our own files."
+    ),
     labels: str = Option(None, help="Label names in the order of their ids, with commas; known of our own files."),
     batch_size: int = Option(32, min=1, help="Rows at a time."),
     max_new_tokens: int = Option(64, min=1, help="Tokens to generate at most."),

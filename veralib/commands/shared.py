@@ -1,6 +1,7 @@
 """What the commands share: how errors look, tables, numbers for people."""
 
 import functools
+import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -57,9 +58,11 @@ def human_bytes(count: int) -> str:
 
 
 def plain_value(text: str) -> Any:
-    """A value as YAML reads it: "0.1" is a number, "[a, b]" a list, "yes" true."""
+    """A value as YAML reads it: "0.1" is a number, "[a, b]" a list, "yes" true; and "1e-7" is a number, which YAML 1.1 denies."""
     import yaml
 
+    if re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", text):
+        return float(text)
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError:

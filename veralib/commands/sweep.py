@@ -30,7 +30,7 @@ def sweep(
     if not 1 <= part <= parts:
         raise ConfigError(f'shard is "{shard}", expected a part from 1 to {parts}')
     if dry_run:
-        for cell in found.missing(only)[part - 1 :: parts]:
+        for cell in found.missing(only, (part, parts)):
             print(cell.file(found.output))
         return
     failed = run_grid(found, jobs, (part, parts), only, lambda line: print(line, flush=True))

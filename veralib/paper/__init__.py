@@ -44,10 +44,13 @@ def _weights(name: str) -> Callable[[Path], dict[str, Any]]:
     return make
 
 
-def _glue(folder: Path) -> dict[str, Any]:
-    from . import grid
+def _grid(name: str) -> Callable[[Path], dict[str, Any]]:
+    def make(folder: Path) -> dict[str, Any]:
+        from . import grid
 
-    return grid.make("glue", Path("experiments/glue.yaml"), folder)
+        return grid.make(name, Path("experiments") / f"{name}.yaml", folder)
+
+    return make
 
 
 def _fig6(folder: Path) -> dict[str, Any]:
@@ -69,7 +72,8 @@ ITEMS: dict[str, Item] = {
     "fig3": Item("Figure 3: how far d moves in each layer, on a small scale", _weights("fig3")),
     "fig5": Item("Figure 5: is VeRA's change of the weights like LoRA's? On a small scale", _weights("fig5")),
     "intruders": Item("Intruder dimensions of full, LoRA and VeRA", _weights("intruders")),
-    "glue": Item("GLUE's small tasks with MiniLM-L6: every method, in a clone of the repository", _glue),
+    "glue": Item("GLUE's small tasks with MiniLM-L6: every method, in a clone of the repository", _grid("glue")),
+    "images": Item("Ten images a class with a small ViT of our own, in a clone of the repository", _grid("images")),
     "counts": Item("Every count of trained parameters that the paper prints", _counts),
     "fig6": Item("Figure 6: fitting random 10 × 10 matrices", _fig6),
 }

@@ -31,10 +31,11 @@ def make(name: str, grid_file: Path, folder: Path | None = None, place: Path | N
                 )
     missing = grid.missing()
     remarks = [
-        "The rate is the one with the best mean on held-out training rows; the test set is the official development set, scored "
-        "once a run. Mean ± standard deviation over seeds. The head trains in full in every method; it counts in the bytes, not "
-        f"in the parameters. On par: the whole interval within ± {MARGIN:g} points, a margin set before the runs. Steps are "
-        "timed with other runs beside them.",
+        *([grid.about] if grid.about else []),
+        "The rate is the one with the best mean on held-out training rows; the test set is scored once a run. Mean ± standard "
+        "deviation over seeds. The head trains in full in every method; it counts in the bytes, not in the parameters. On par: "
+        f"the whole interval within ± {MARGIN:g} points, a margin set before the runs. Steps are timed with other runs "
+        "beside them.",
         *_machine(results),
         f"{len(missing)} of {len(grid.cells)} runs are missing" + (f": `vera sweep {grid_file}`" if missing else "") + ".",
         *_by_task(missing),

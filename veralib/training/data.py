@@ -9,14 +9,14 @@ import gzip
 import hashlib
 import json
 import lzma
-import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 from ..errors import DataError, nearest, need
-from .settings import Settings
+from .sampling import draw_shots, split_off
+from .settings import WITH_HEAD, Settings
 
 Row = Mapping[str, Any]
 KINDS = ("csv", "tsv", "jsonl", "json", "txt")
@@ -32,23 +32,31 @@ class Data:
     test: Sequence[Row] | None
     labels: tuple[str, ...] = ()
     hashes: Mapping[str, str] = field(default_factory=dict)
-    """split/file name -> SHA-256 of the file, or a hub data set's fingerprint."""
+    """split/file name -> SHA-256 of the file, or a hub data set's fingerprint; split/images -> of the images in use."""
 
 
 def load_data(settings: Settings) -> Data:
     """The rows that a run's settings name, checked: columns are there, nothing is empty, validation has no unseen labels."""
-    find = _local_splits(settings) or _hub_splits(settings)
+    find = _image_splits(settings) or _local_splits(settings) or _hub_splits(settings)
     train, hashes = find("train")
     hashes = {f"train/{k}": v for k, v in hashes.items()}
     held: dict[str, Sequence[Row] | None] = {"validation": None, "test": None}
     for role in held:
         wanted = getattr(settings, role)
         if role == "validation" and settings.share is not None:
-            train, held[role] = _split_off(train, settings.share, settings.split_seed)
+            train, held[role] = split_off(train, settings.share, settings.split_seed)
         elif (found := find(role, wanted)) is not None:
             held[role] = found[0]
             hashes |= {f"{role}/{k}": v for k, v in found[1].items()}
+    if settings.shots and train:
+        column_values(train, settings.label, "the train data")
+        train = draw_shots(train, settings.label, settings.shots, settings.split_seed)
     labels = _check(settings, train, held)
+    if settings.task == "images":
+        from .images import check_images
+
+        splits = {"train": train, **held}
+        hashes = {f"{role}/images": check_images(rows, settings) for role, rows in splits.items() if rows is not None}
     return Data(train, held["validation"], held["test"], labels, hashes)
 
 
@@ -174,12 +182,21 @@ def _read_txt(f: IO[str], path: Path, columns: tuple[str, ...]) -> Iterator[dict
 _READERS = {"csv": _read_csv, "tsv": _read_tsv, "jsonl": _read_jsonl, "json": _read_json, "txt": _read_txt}
 
 
+def _image_splits(settings: Settings):
+    """The same over images, or None for a task of texts."""
+    if settings.task != "images":
+        return None
+    from .images import image_splits
+
+    return image_splits(settings)
+
+
 def _local_splits(settings: Settings):
     """A function (role, wanted=None) -> (rows, hashes) over local files, or None where `data` is no local path."""
     paths = [Path(p).expanduser() for p in settings.data]
     folder = paths[0] if len(paths) == 1 and paths[0].is_dir() else None
     if folder is None:
-        if len(paths) == 1 and not paths[0].exists() and file_kind(paths[0]) is None and not _pathlike(settings.data[0]):
+        if len(paths) == 1 and not paths[0].exists() and file_kind(paths[0]) is None and not pathlike(settings.data[0]):
             return None
         for path in paths:
             if not path.is_file():
@@ -218,21 +235,16 @@ def _local_splits(settings: Settings):
     return find
 
 
-def _pathlike(name: str) -> bool:
+def pathlike(name: str) -> bool:
+    """Whether a name can only be a path, no hub id."""
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
 
 
 def _hub_splits(settings: Settings):
     """The same over a hub data set, by the package datasets."""
     name = settings.data[0]
-    try:
-        import datasets
-    except ImportError as e:
-        raise need("datasets", "data", f'Training data by hub id ("{name}", which is no file or folder here)') from e
-    try:
-        whole = datasets.load_dataset(name, settings.data_config)
-    except Exception as e:  # datasets raises a dozen kinds, and the network's
-        raise DataError(f'can\'t load "{name}": it is no file or folder here, and as a hub data set: {e}') from e
+    whole = hub_data(name, settings.data_config)
+    import datasets
 
     def rows_of(split: str):
         part = whole[split]
@@ -257,15 +269,16 @@ def _hub_splits(settings: Settings):
     return find
 
 
-def _split_off(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
-    """(train, validation): the share of the rows that a seeded shuffle picks; both keep the file's order."""
-    count = round(len(rows) * share)
-    if not 0 < count < len(rows):
-        raise DataError(
-            f"validation is {share:g} of {len(rows)} rows, which leaves {count} to validate and {len(rows) - count} to train"
-        )
-    picked = set(random.Random(seed).sample(range(len(rows)), count))
-    return [r for i, r in enumerate(rows) if i not in picked], [r for i, r in enumerate(rows) if i in picked]
+def hub_data(name: str, config: str | None) -> Any:
+    """The DatasetDict of a hub id. DataError with the hub's reason, MissingPackage."""
+    try:
+        import datasets
+    except ImportError as e:
+        raise need("datasets", "data", f'Training data by hub id ("{name}", which is no file or folder here)') from e
+    try:
+        return datasets.load_dataset(name, config)
+    except Exception as e:  # datasets raises a dozen kinds, and the network's
+        raise DataError(f'can\'t load "{name}": it is no file or folder here, and as a hub data set: {e}') from e
 
 
 def _check(settings: Settings, train: Sequence[Row], held: Mapping[str, Sequence[Row] | None]) -> tuple[str, ...]:
@@ -276,7 +289,7 @@ def _check(settings: Settings, train: Sequence[Row], held: Mapping[str, Sequence
             raise DataError(f"{where} are empty: {', '.join(settings.data)}")
         for column in settings.text_columns:
             column_values(rows, column, where)
-    if settings.task not in ("classification", "regression"):
+    if settings.task not in WITH_HEAD:
         return ()
     values = {where: column_values(rows, settings.label, where) for where, rows in splits.items()}
     if settings.task == "regression":
@@ -286,7 +299,7 @@ def _check(settings: Settings, train: Sequence[Row], held: Mapping[str, Sequence
     labels = ordered({str(v) for v in values["the train data"]})
     if len(labels) < 2:
         raise DataError(f'column "{settings.label}" of the train data holds one label alone, "{labels[0]}"; expected two or more')
-    if len(labels) > 1000 and len(labels) > len(train) / 2:
+    if settings.task == "classification" and len(labels) > 1000 and len(labels) > len(train) / 2:
         raise DataError(
             f'column "{settings.label}" of the train data holds {len(labels)} different values in {len(train)} rows, which are '
             "hardly labels: name the label column with label, or use task regression"

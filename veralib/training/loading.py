@@ -1,4 +1,4 @@
-"""The base model and its tokenizer for one run, and which of its modules are the head."""
+"""The base model and its tokenizer or image processor for one run, and which of its modules are the head."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import ConfigError, need
-from .settings import Settings
+from ..errors import ConfigError, VeraError, need
+from .settings import WITH_HEAD, Settings
 
 
 @dataclass(frozen=True)
@@ -18,20 +18,25 @@ class Base:
 
     model: Any
     tokenizer: Any
+    """None where it reads images."""
     head: tuple[str, ...]
     max_length: int
+    processor: Any = None
+    """transformers' image processor where it reads images."""
 
 
 def load_base(settings: Settings, labels: Sequence[str] = ()) -> Base:
-    """The model and tokenizer that a run's settings name; the caller has set the seed, which a new head starts from.
+    """The model and tokenizer (image processor) that a run's settings name; a new head starts from the seed that was set before.
 
     Errors: ConfigError where the model can't be loaded, with the hub's or transformers' reason.
     """
     import torch
     import transformers
 
-    classifies = settings.task in ("classification", "regression")
+    classifies, images = settings.task in WITH_HEAD, settings.task == "images"
     auto: Any = transformers.AutoModelForSequenceClassification if classifies else transformers.AutoModelForCausalLM
+    if images:
+        auto = transformers.AutoModelForImageClassification
     # "auto" would take the type of the checkpoint: Adam on fp16 weights of a head underflows.
     options: dict[str, Any] = {"dtype": settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)}
     if settings.revision:
@@ -49,8 +54,12 @@ def load_base(settings: Settings, labels: Sequence[str] = ()) -> Base:
     check_model_name(settings.model)
     with quiet_transformers():
         try:
+            if images:
+                return _load_image_base(settings, auto, options, labels)
             tokenizer = transformers.AutoTokenizer.from_pretrained(settings.model, revision=settings.revision)
             model, info = auto.from_pretrained(settings.model, output_loading_info=True, **options)
+        except VeraError:
+            raise
         except (OSError, ValueError, KeyError, ImportError, RuntimeError) as e:
             raise ConfigError(f'can\'t load the model "{settings.model}" for {settings.task}: {e}') from e
     if tokenizer.pad_token_id is None:
@@ -60,6 +69,38 @@ def load_base(settings: Settings, labels: Sequence[str] = ()) -> Base:
     positions = getattr(model.config, "max_position_embeddings", None) or settings.max_length
     longest = min(settings.max_length, tokenizer.model_max_length, positions)
     return Base(model, tokenizer, head_modules(model, info["missing_keys"]) if classifies else (), longest)
+
+
+def _load_image_base(settings: Settings, auto: Any, options: dict[str, Any], labels: Sequence[str]) -> Base:
+    import transformers
+
+    from .pixels import is_image_model, load_processor
+
+    config = transformers.AutoConfig.from_pretrained(settings.model, revision=settings.revision)
+    if not is_image_model(config):
+        raise ConfigError(
+            f'the model "{settings.model}" is a {config.model_type} and takes no images; task images needs an image model, '
+            "google/vit-base-patch16-224-in21k for one"
+        )
+    # A checkpoint that was trained on other classes has a head of another size: the head starts anew, the base must fit.
+    model, info = auto.from_pretrained(settings.model, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    resized = [key for key, *_ in info["mismatched_keys"]]
+    head = head_modules(model, [*info["missing_keys"], *resized])
+    if inside := [key for key in resized if key.startswith(f"{model.base_model_prefix}.")]:
+        raise ConfigError(f'the weights of "{settings.model}" don\'t fit its config: {", ".join(inside[:4])} differ in shape')
+    if [config.id2label[i] for i in sorted(config.id2label)] != list(labels):
+        _renew(model, len(labels))
+    return Base(model, None, head, settings.max_length, load_processor(settings.model, settings.revision, config))
+
+
+def _renew(model: Any, classes: int) -> None:
+    """New starting values for the head's last linears, which hold other classes' weights, as transformers draws missing ones."""
+    for name in head_modules(model):
+        for module in model.get_submodule(name).modules():
+            if isinstance(module, nn.Linear) and module.out_features == classes:
+                for parameter in module.parameters():
+                    parameter._is_hf_initialized = False  # type: ignore[attr-defined]  # transformers leaves what it has loaded alone
+                model._init_weights(module)
 
 
 def head_modules(model: nn.Module, missing: Sequence[str] = ()) -> tuple[str, ...]:

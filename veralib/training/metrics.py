@@ -11,6 +11,7 @@ from torch import Tensor
 METRICS = {
     "classification": ("accuracy", "matthews", "f1", "loss"),
     "regression": ("pearson", "spearman", "mse", "loss"),
+    "images": ("accuracy", "matthews", "f1", "loss"),
     "causal-lm": ("loss", "perplexity"),
     "prompt-completion": ("loss", "perplexity"),
     "chat": ("loss", "perplexity"),
@@ -80,7 +81,7 @@ def only_logits(logits: Any, labels: Tensor) -> Tensor:
 
 def metrics_of(task: str) -> tuple[Callable[[Any], dict[str, float]], Callable[[Any, Tensor], Tensor]]:
     """What Trainer asks for: compute_metrics and preprocess_logits_for_metrics of a task."""
-    if task == "classification":
+    if task in ("classification", "images"):
         return _classification, only_logits
     if task == "regression":
         return _regression, only_logits

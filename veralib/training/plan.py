@@ -57,23 +57,24 @@ def plan(settings: Settings, labels: int = 2) -> Plan:
             head = head_modules(model) if classifies or images else ()
             linears = sum(m.weight.numel() for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n not in head)
             base = sum(p.numel() for p in model.parameters())
-            attached = find_method(settings.method)(model, settings, head)
+            in_heads = sum(p.numel() for name in head for p in model.get_submodule(name).parameters())
+            for name in head:  # no method adapts them
+                model.set_submodule(name, torch.nn.Identity())
+            trained = 0 if settings.method == "head" else find_method(settings.method)(model, settings, ()).adapter_parameters
     except (OSError, ValueError, KeyError) as e:
         raise ConfigError(f'can\'t read the config of "{settings.model}" for {settings.task}: {e}') from e
     wide = DTYPE_BYTES[settings.dtype]
     of_linears = LINEAR_BYTES[settings.quantise] if settings.quantise else wide
-    in_heads = attached.head_parameters
-    trained = attached.adapter_parameters + in_heads
     body = getattr(config, "text_config", config)
     tokens = settings.batch_size * (_patches(config) if images else settings.max_length)
     blocks, hidden = body.num_hidden_layers, body.hidden_size
     logits = 0 if classifies or images else 2 * 4 * tokens * body.vocab_size
     return Plan(
         base_parameters=base - in_heads,
-        adapter_parameters=attached.adapter_parameters,
+        adapter_parameters=trained,
         head_parameters=in_heads,
         weights_bytes=int(linears * of_linears + (base - linears) * wide),
-        training_bytes=(12 if settings.method == "full" else 16) * trained,
+        training_bytes=(12 if settings.method == "full" else 16) * (trained + in_heads),
         activations_bytes=34 * tokens * blocks * hidden * wide // 2 + logits,
     )
 

@@ -4,11 +4,14 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import AdapterFileError, ConfigError, DataError
 from .data import Row, column_values, read_rows
-from .settings import Settings
+from .settings import WITH_HEAD, Settings
+
+if TYPE_CHECKING:
+    from .loading import Base
 
 
 @dataclass(frozen=True)
@@ -33,24 +36,59 @@ def predict(
 ) -> Iterator[dict[str, Any]]:
     """Each row of `data` with a prediction: the label and its probability (score), a number, or generated text.
 
-    adapter: a run's folder, an adapter file, a PEFT folder, or a hub id. data: a file, or rows. adapter_column: a column that
-    names an adapter for each row, a path seen from the data file's folder or the present one; empty: the base model (which
-    has no trained head). changes: settings that differ from the run's, model and text for two.
+    adapter: a run's folder, an adapter file, a PEFT folder, or a hub id. data: a file, or rows; for images a folder of images
+    too, and the image column holds paths, seen from the data file's folder. adapter_column: a column that names an adapter for
+    each row, a path seen likewise or from the present folder; empty: the base model (which has no trained head). changes:
+    settings that differ from the run's, model and text for two.
     Errors: DataError, ConfigError, AdapterFileError, AdapterMismatch; all of them before the first row comes.
     """
     source = find_source(adapter, changes)
-    rows = read_rows(data, source.settings.columns) if isinstance(data, (str, Path)) else list(data)
-    if not rows:
-        raise DataError("there are no rows to predict")
-    folder = Path(data).parent if isinstance(data, (str, Path)) else Path()
+    rows, folder = _read(data, source.settings)
     names = column_values(rows, adapter_column, "the data") if adapter_column else None
-    model, tokenizer, max_length, choose = _load(source, names, folder)
+    model, base, choose = _load(source, names, folder)
     columns = source.settings.text_columns
     if source.settings.task == "prompt-completion":
         columns = columns[:1]
     for column in columns:
         column_values(rows, column, "the data")
-    return _predict(source, rows, model, tokenizer, columns, max_length, choose, batch_size, max_new_tokens)
+    examples, collate = _examples(source.settings, rows, columns, base, folder)
+    return _predict(source, rows, model, base.tokenizer, examples, collate, choose, batch_size, max_new_tokens)
+
+
+def _read(data: str | Path | Sequence[Row], settings: Settings) -> tuple[list[Row], Path]:
+    """(the rows, the folder that their paths are seen from)."""
+    rows: list[Row]
+    if not isinstance(data, (str, Path)):
+        rows, folder = list(data), Path()
+    elif settings.task == "images" and Path(data).is_dir():
+        from .images import image_files
+
+        folder = Path(data)
+        rows = [{settings.text_columns[0]: str(p.relative_to(folder))} for p in image_files(folder, deep=True)]
+    else:
+        rows, folder = list(read_rows(data, settings.columns)), Path(data).parent
+    if not rows:
+        raise DataError("there are no rows to predict")
+    return rows, folder
+
+
+def _examples(settings: Settings, rows: Sequence[Row], columns: Sequence[str], base: "Base", folder: Path) -> tuple[Any, Any]:
+    """(one example a row, the function that makes a batch of some)."""
+    if settings.task == "images":
+        from .images import file_picture
+        from .pixels import Pixels, collate, preparation
+
+        pictures = [file_picture(folder / str(row[columns[0]])) for row in rows]
+        for picture in pictures:
+            picture.decode()
+        return Pixels(pictures, preparation(base.processor)), collate
+    from . import tokens
+
+    pad_id = base.tokenizer.pad_token_id or 0
+    if settings.task in WITH_HEAD:
+        return tokens.inputs(rows, base.tokenizer, columns, base.max_length, "the data"), tokens.collator(pad_id)
+    examples = [{"input_ids": ids} for ids in _prompts(rows, base.tokenizer, settings, base.max_length)]
+    return examples, _left_collator(pad_id)
 
 
 def find_source(adapter: str | Path, changes: Mapping[str, Any] | None = None) -> Source:
@@ -64,7 +102,7 @@ def find_source(adapter: str | Path, changes: Mapping[str, Any] | None = None) -
         result = load_result(folder)
         settings = Settings(**{**result.settings, **changes})
         # The run's output folder may have been moved since.
-        return Source(folder, settings, tuple(labels or result.labels), settings.task in ("classification", "regression"))
+        return Source(folder, settings, tuple(labels or result.labels), settings.task in WITH_HEAD)
     loaded = read_adapter(adapter)
     notes = loaded.notes
     head = any(state for state in loaded.modules.values())
@@ -79,7 +117,7 @@ def find_source(adapter: str | Path, changes: Mapping[str, Any] | None = None) -
     if not fields["model"]:
         raise ConfigError(f"{adapter} doesn't say which base model it was trained on: name it with model (--model)")
     labels = tuple(labels or json.loads(notes.get("labels", "[]")))
-    if fields["task"] == "classification" and not labels:
+    if fields["task"] in ("classification", "images") and not labels:
         count = _outputs(loaded)
         if not count:
             raise ConfigError(f"{adapter} has no labels in its notes and no head to count them by: give labels (--labels)")
@@ -106,8 +144,8 @@ def _outputs(adapter: Any) -> int:
     return weights[-1].shape[0] if weights else 0
 
 
-def _load(source: Source, names: Sequence[Any] | None, folder: Path):
-    """(model, tokenizer, max_length, choose): choose(rows' positions) is the context that gives each row its adapter."""
+def _load(source: Source, names: Sequence[Any] | None, folder: Path) -> tuple[Any, "Base", Any]:
+    """(model, base, choose): choose(rows' positions) is the context that gives each row its adapter."""
     import contextlib
 
     import torch
@@ -129,7 +167,7 @@ def _load(source: Source, names: Sequence[Any] | None, folder: Path):
             )
         attached = find_method(source.settings.method)(base.model, source.settings, base.head)
         attached.load(path)
-        return attached.model, base.tokenizer, base.max_length, lambda positions: contextlib.nullcontext()
+        return attached.model, base, lambda positions: contextlib.nullcontext()
 
     from ..model import attach
 
@@ -137,7 +175,7 @@ def _load(source: Source, names: Sequence[Any] | None, folder: Path):
     if names is None:
         vera.load(read_adapter(source.path), name="adapter")
         vera.use("adapter")
-        return base.model, base.tokenizer, base.max_length, lambda positions: contextlib.nullcontext()
+        return base.model, base, lambda positions: contextlib.nullcontext()
     given = [str(name).strip() or None for name in names]
     for name in dict.fromkeys(n for n in given if n):
         other = find_source(_resolve(name, folder), {"model": source.settings.model})
@@ -147,7 +185,7 @@ def _load(source: Source, names: Sequence[Any] | None, folder: Path):
                 f"{list(other.labels)}, the first one {source.settings.task} {list(source.labels)}. Predict them one by one."
             )
         vera.load(read_adapter(other.path), name=name)
-    return base.model, base.tokenizer, base.max_length, lambda positions: vera.rows([given[i] for i in positions])
+    return base.model, base, lambda positions: vera.rows([given[i] for i in positions])
 
 
 def _resolve(name: str, folder: Path) -> str:
@@ -162,24 +200,16 @@ def _resolve(name: str, folder: Path) -> str:
     return str(found or name)
 
 
-def _predict(source, rows, model, tokenizer, columns, max_length, choose, batch_size, max_new_tokens) -> Iterator[dict[str, Any]]:
+def _predict(source, rows, model, tokenizer, examples, collate, choose, batch_size, max_new_tokens) -> Iterator[dict[str, Any]]:
     import torch
-
-    from . import tokens
 
     device = next(model.parameters()).device
     model.eval()
-    if source.settings.task in ("classification", "regression"):
-        examples = tokens.inputs(rows, tokenizer, columns, max_length, "the data")
-        collate = tokens.collator(tokenizer.pad_token_id or 0)
-    else:
-        examples = [{"input_ids": ids} for ids in _prompts(rows, tokenizer, source.settings, max_length)]
-        collate = _left_collator(tokenizer.pad_token_id or 0)
     for start in range(0, len(rows), batch_size):
         positions = range(start, min(start + batch_size, len(rows)))
         batch = {k: v.to(device) for k, v in collate([examples[i] for i in positions]).items()}
         with torch.inference_mode(), choose(positions):
-            if source.settings.task in ("classification", "regression"):
+            if source.settings.task in WITH_HEAD:
                 answers = _classes(model(**batch).logits.float(), source)
             else:
                 made = model.generate(

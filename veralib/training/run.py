@@ -14,7 +14,7 @@ from .data import Data, load_data
 from .folder import check_output, open_run, times_resumed, write_json
 from .metrics import LOWER_IS_BETTER, METRICS, metrics_of
 from .result import Result, commit, draw_plot, hardware, load_result, peak_memory, reset_peak_memory, versions
-from .settings import Settings
+from .settings import WITH_HEAD, Settings
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -35,7 +35,7 @@ def train(settings: Settings, callbacks: Sequence[Any] = ()) -> Result:
         raise need("transformers", "cli", "Training") from e
     from ..baselines import find_method
     from .loading import load_base
-    from .tokens import chat_template, collator, encode
+    from .tokens import chat_template
     from .trainer import AdapterTrainer, Patience, delete_broken, last_checkpoint
 
     started = time.perf_counter()
@@ -57,13 +57,7 @@ def train(settings: Settings, callbacks: Sequence[Any] = ()) -> Result:
     chat_template(settings, base.tokenizer)
     attached = find_method(settings.method)(base.model, settings, base.head)
     splits = {"train": data.train, "validation": data.validation, "test": data.test}
-    sets = {
-        name: encode(rows, base.tokenizer, settings, data.labels, base.max_length, f"the {name} data") if rows else None
-        for name, rows in splits.items()
-    }
-    for name in ("validation", "test"):  # rows of like length together: half the padding; the metrics don't see the order
-        if found_rows := sets[name]:
-            sets[name] = sorted(found_rows, key=lambda row: len(row["input_ids"]))
+    sets, collate = _examples(splits, base, settings, data.labels)
 
     compute, preprocess = metrics_of(settings.task)
     with _quiet(settings):
@@ -74,7 +68,7 @@ def train(settings: Settings, callbacks: Sequence[Any] = ()) -> Result:
             args=args,
             train_dataset=sets["train"],
             eval_dataset=sets["validation"],
-            data_collator=collator(base.tokenizer.pad_token_id or 0),
+            data_collator=collate,
             compute_metrics=compute,
             preprocess_logits_for_metrics=preprocess,
             callbacks=[*([Patience(settings.resolved_metric, settings.patience)] if settings.patience else []), *callbacks],
@@ -126,6 +120,28 @@ def train(settings: Settings, callbacks: Sequence[Any] = ()) -> Result:
     return result or load_result(folder)
 
 
+def _examples(splits: dict[str, Any], base: Any, settings: Settings, labels: Sequence[str]) -> tuple[dict[str, Any], Any]:
+    """(the examples of each split, the function that makes a batch of some)."""
+    if settings.task == "images":
+        from .pixels import collate, pixel_set
+
+        pixels = {
+            name: pixel_set(rows, base.processor, settings, labels, f"the {name} data", name == "train") if rows else None
+            for name, rows in splits.items()
+        }
+        return pixels, collate
+    from .tokens import collator, encode
+
+    sets = {
+        name: encode(rows, base.tokenizer, settings, labels, base.max_length, f"the {name} data") if rows else None
+        for name, rows in splits.items()
+    }
+    for name in ("validation", "test"):  # rows of like length together: half the padding; the metrics don't see the order
+        if found_rows := sets[name]:
+            sets[name] = sorted(found_rows, key=lambda row: len(row["input_ids"]))
+    return sets, collator(base.tokenizer.pad_token_id or 0)
+
+
 def _arguments(settings: Settings, data: Data, checkpoints: Path) -> "TrainingArguments":
     """transformers' TrainingArguments for these settings; ConfigError where it refuses them."""
     import torch
@@ -144,9 +160,7 @@ def _arguments(settings: Settings, data: Data, checkpoints: Path) -> "TrainingAr
         "output_dir": str(checkpoints.resolve()),
         "num_train_epochs": settings.epochs,
         "per_device_train_batch_size": settings.batch_size,
-        "per_device_eval_batch_size": max(settings.batch_size, 32)
-        if settings.task in ("classification", "regression")
-        else settings.batch_size,
+        "per_device_eval_batch_size": max(settings.batch_size, 32) if settings.task in WITH_HEAD else settings.batch_size,
         "gradient_accumulation_steps": settings.accumulation,
         "learning_rate": settings.resolved_lr,
         "weight_decay": settings.weight_decay,

@@ -13,7 +13,9 @@ try:
 except ImportError as e:
     raise need("pydantic", "cli", "Training from settings") from e
 
-Task = Literal["classification", "regression", "causal-lm", "prompt-completion", "chat"]
+Task = Literal["classification", "regression", "images", "causal-lm", "prompt-completion", "chat"]
+WITH_HEAD = ("classification", "regression", "images")
+"""Tasks whose model has a head of its own, trained in full."""
 Every = Literal["epoch", "never"] | int
 
 # What a method starts from where `lr`, `lr_head` and `rank` are left out; results/glue shows how each does there.
@@ -30,6 +32,7 @@ DEFAULT_LR_HEAD = {
 DEFAULT_TEXT = {
     "classification": ("text",),
     "regression": ("text",),
+    "images": ("image",),
     "causal-lm": ("text",),
     "prompt-completion": ("prompt", "completion"),
     "chat": ("messages",),
@@ -68,7 +71,8 @@ class Settings(BaseModel):
 
     model: str = Field(description="Base model: hub id or folder.")
     data: tuple[str, ...] = Field(
-        description="Training data: csv, tsv, jsonl or txt files, a folder with train.* in it, or a hub id."
+        description="Training data: csv, tsv, jsonl or txt files, a folder with train.* in it, or a hub id. Images: a folder "
+        "with train/CLASS/*.jpg, an .npz file, or a hub id."
     )
     output: str = Field("run", description="Folder for the adapter, result.json and plot.png.")
     task: Task = Field("classification", description="What is learned.")
@@ -79,9 +83,11 @@ class Settings(BaseModel):
     )
 
     text: tuple[str, ...] = Field(
-        (), description="Text columns: one, or two for pairs; the prompt and completion columns; the messages column."
+        (),
+        description="Text columns: one, or two for pairs; the prompt and completion columns; the messages column; a hub data "
+        "set's image column.",
     )
-    label: str = Field("label", description="Label column (classification, regression).")
+    label: str = Field("label", description="Label column (classification, regression, images).")
     columns: tuple[str, ...] = Field((), description="Column names of a csv or tsv file without a header.")
     data_config: str | None = Field(None, description='Configuration of a hub data set, "cola" of "nyu-mll/glue".')
     split: str = Field("train", description="Training split of a folder or hub data set.")
@@ -91,7 +97,11 @@ class Settings(BaseModel):
         "Left out: the folder's or data set's own validation split, if it has one.",
     )
     test: str | None = Field(None, description="Test data, scored once at the end: a file or a split's name.")
-    split_seed: int = Field(0, ge=0, description="Draws the rows of a validation share.")
+    split_seed: int = Field(0, ge=0, description="Draws the rows of a validation share, and the shots.")
+    shots: int | None = Field(
+        None, gt=0, description="Training rows of each class (classification, images); left out: all. Drawn after validation."
+    )
+    augment: bool = Field(False, description="Crop and flip the training images at random, anew in each epoch.")
     max_length: int = Field(256, gt=1, description="Tokens a row at most.")
     chat_template: str | None = Field(None, description="A Jinja file, where the tokenizer has no chat template.")
 
@@ -190,7 +200,7 @@ class Settings(BaseModel):
     @property
     def resolved_metric(self) -> str:
         """The metric that best and patience go by."""
-        return self.metric or {"classification": "accuracy", "regression": "pearson"}.get(self.task, "loss")
+        return self.metric or {"classification": "accuracy", "images": "accuracy", "regression": "pearson"}.get(self.task, "loss")
 
     @property
     def share(self) -> float | None:
@@ -254,11 +264,17 @@ def _faults(s: Settings) -> Iterator[str]:
         yield str(e)
     if not s.data:
         yield "data is empty: name a file, a folder or a hub id"
-    if s.method == "head" and s.task not in ("classification", "regression"):
+    if s.method == "head" and s.task not in WITH_HEAD:
         yield f'method "head" trains a classification head, and task "{s.task}" has none; use vera, lora or full'
     widths = {"classification": (1, 2), "regression": (1, 2), "prompt-completion": (2,)}.get(s.task, (1,))
     if s.text and len(s.text) not in widths:
         yield f"text names {len(s.text)} columns, and task {s.task} reads {' or '.join(map(str, widths))}"
+    if s.shots and s.task not in ("classification", "images"):
+        yield f"shots is {s.shots}, rows of each class, and task {s.task} has no classes; leave it out"
+    if s.augment and s.task != "images":
+        yield f"augment crops and flips images, and task {s.task} has none; leave it out"
+    if s.group_by_length and s.task == "images":
+        yield "group_by_length is for texts: images of one model all have one size; leave it out"
     for name in ("lr", "lr_head", "epochs", "warmup", "weight_decay"):
         value = getattr(s, name)
         if value is not None and not math.isfinite(value):

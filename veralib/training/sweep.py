@@ -7,6 +7,8 @@
     methods:
       LoRA r=1: {method: lora, rank: 1, sweep: {lr: [5e-4, 1.5e-3, 5e-3]}}
     seeds: [0, 1, 2]
+    seeded: [seed, basis_seed]     # the settings that take the seed; these, if left out
+    about: what a reader of the page must know
 
 Relative paths of models and data are looked for below VERALIB_DATA. A run that has its file isn't repeated.
 """
@@ -26,7 +28,8 @@ from .data import sha256_file
 from .folder import write_json
 from .settings import Settings
 
-KEYS = ("output", "title", "common", "tasks", "methods", "seeds")
+KEYS = ("output", "title", "about", "common", "tasks", "methods", "seeds", "seeded")
+SEEDED = ("seed", "basis_seed")
 LEFT_OUT = ("history", "output", "settings", "labels", "files", "resumed", "plot")
 
 
@@ -40,6 +43,12 @@ class Cell:
     rate: str
     value: float
     seed: int
+    seeded: tuple[str, ...] = SEEDED
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings that this run differs in from the defaults, its output aside."""
+        return {**self.fields, self.rate: self.value, **dict.fromkeys(self.seeded, self.seed)}
 
     def file(self, output: Path) -> Path:
         """Its result file below the grid's output folder."""
@@ -53,17 +62,22 @@ class Grid:
 
     output: Path
     title: str
+    about: str
     cells: tuple[Cell, ...]
     metrics: Mapping[str, str]
 
-    def missing(self, only: str = "") -> list[Cell]:
-        """The runs without a result file, seed by seed, so that an unfinished grid has every method and rate. only: those whose
-        "task/method" holds this text. ConfigError where no run of the grid does."""
+    def missing(self, only: str = "", shard: tuple[int, int] = (1, 1)) -> list[Cell]:
+        """The runs without a result file, seed by seed, so that an unfinished grid has every method and rate.
+
+        only: those whose "task/method" holds this text; ConfigError where no run of the grid does. shard: (3, 16) is the third of
+        16 parts, always the same runs, however many are done.
+        """
         chosen = [c for c in self.cells if only.lower() in f"{c.task}/{c.name}".lower()]
         if not chosen:
             there = ", ".join(dict.fromkeys(f"{c.task}/{c.name}" for c in self.cells))
             raise ConfigError(f'no run of this grid is called "{only}". There: {there}.')
-        return [c for c in sorted(chosen, key=lambda c: c.seed) if not c.file(self.output).exists()]
+        part = sorted(chosen, key=lambda c: c.seed)[shard[0] - 1 :: shard[1]]
+        return [c for c in part if not c.file(self.output).exists()]
 
 
 def read_grid(path: str | Path, output: str | Path | None = None) -> Grid:
@@ -80,17 +94,18 @@ def read_grid(path: str | Path, output: str | Path | None = None) -> Grid:
     faults += [f"{k} is missing or empty" for k in ("methods",) if not raw.get(k)]
     if not faults:
         common, tasks = raw.get("common") or {}, raw.get("tasks") or {"": {}}
-        cells = list(_cells(common, tasks, raw["methods"], raw.get("seeds") or [0], faults))
+        cells = list(_cells(common, tasks, raw["methods"], raw.get("seeds") or [0], tuple(raw.get("seeded") or SEEDED), faults))
         checked = {task: _check(c, faults) for task, c in {c.task: c for c in cells}.items()}
         for cell in {(c.task, c.name): c for c in cells}.values():
             _check(cell, faults)
     if faults:
         raise ConfigError("\n  ".join([f"the grid {path}:", *dict.fromkeys(faults)]))
     place = Path(output or raw.get("output") or Path(path).stem)
-    return Grid(place, raw.get("title") or Path(path).stem, tuple(cells), {t: s.resolved_metric for t, s in checked.items() if s})
+    metrics = {t: s.resolved_metric for t, s in checked.items() if s}
+    return Grid(place, raw.get("title") or Path(path).stem, raw.get("about") or "", tuple(cells), metrics)
 
 
-def _cells(common: Any, tasks: Any, methods: Any, seeds: Any, faults: list[str]) -> Iterator[Cell]:
+def _cells(common: Any, tasks: Any, methods: Any, seeds: Any, seeded: tuple[str, ...], faults: list[str]) -> Iterator[Cell]:
     for (task, of_task), (name, of_method), seed in itertools.product(tasks.items(), methods.items(), seeds):
         fields = {**common, **of_task, **of_method}
         swept = fields.pop("sweep", None) or {"lr": [fields.pop("lr", None)]}
@@ -99,12 +114,12 @@ def _cells(common: Any, tasks: Any, methods: Any, seeds: Any, faults: list[str])
             continue
         [(rate, values)] = swept.items()
         for value in values:
-            yield Cell(str(task), str(name), fields, rate, float(value), int(seed))
+            yield Cell(str(task), str(name), fields, rate, float(value), int(seed), seeded)
 
 
 def settings_of(cell: Cell, output: str | Path) -> Settings:
-    """A cell's settings. VeRA's basis has the run's seed."""
-    fields = {**cell.fields, cell.rate: cell.value, "seed": cell.seed, "basis_seed": cell.seed, "output": output}
+    """A cell's settings."""
+    fields = {**cell.settings, "output": output}
     for name in ("model", "data"):
         fields[name] = _found(fields.get(name))
     return Settings(**fields)
@@ -131,9 +146,9 @@ def run_grid(
 ) -> list[str]:
     """Every missing run of this shard, `jobs` at a time, each on a GPU of its own where there are some; what failed, in words.
 
-    shard: (3, 16) is the third of 16 equal parts, for the job arrays of a cluster's own scheduler.
+    only, shard: as in Grid.missing; shards are for the job arrays of a cluster's own scheduler.
     """
-    missing = grid.missing(only)[shard[0] - 1 :: shard[1]]
+    missing = grid.missing(only, shard)
     log(f"{len(missing)} of {len(grid.cells)} runs to do")
     failed: list[str] = []
     if not missing:
@@ -178,7 +193,7 @@ def run_cell(cell: Cell, output: Path) -> str:
     base = {"name": Path(settings.model).name, "sha256": sha256_file(weights) if weights.exists() else ""}
     report = {
         **{"task": cell.task, "name": cell.name, "rate": cell.rate, "value": cell.value, "base": base},
-        "settings": {**cell.fields, cell.rate: cell.value, "seed": cell.seed, "basis_seed": cell.seed},
+        "settings": cell.settings,
         **{k: v for k, v in result.items() if k not in LEFT_OUT},
     }
     path = cell.file(output)

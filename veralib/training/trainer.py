@@ -21,6 +21,7 @@ from transformers import Trainer, TrainerCallback, TrainerState
 from ..baselines.base import Attached
 from .folder import write_json
 from .metrics import LOWER_IS_BETTER
+from .pixels import Pixels
 from .settings import Settings
 
 SEAL = "sealed.json"
@@ -133,13 +134,16 @@ class SeededOrder(Sampler):
 
 
 class _Order(TrainerCallback):
-    """Tells the sampler the epoch: accelerate does so only in some of its loaders."""
+    """Tells the sampler and augmented images the epoch: accelerate does so only in some of its loaders."""
 
     def __init__(self, trainer: AdapterTrainer) -> None:
         self.trainer = trainer
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.order.set_epoch(int(state.epoch or 0))
+        epoch = int(state.epoch or 0)
+        self.trainer.order.set_epoch(epoch)
+        if isinstance(self.trainer.rows, Pixels):
+            self.trainer.rows.set_epoch(epoch)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.started, self.trainer.paused = time.perf_counter(), 0.0
