@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from veralib.commands.train import resolve
-from veralib.paper import cells, grid
+from veralib.errors import DataError
+from veralib.paper import cells, fig4, grid, weights
 from veralib.paper.compare import chosen, interval, paired, verdict
 from veralib.paper.published import TABLES
 
@@ -104,3 +105,43 @@ def test_a_grids_page_is_rendered_from_its_files(tmp_path):
     assert "| VeRA | 7 | 9 | lr 0.1 | 50.0 ± 0.0 | **61.0 ± 1.0** | 3 |" in page
     assert "| VeRA | +10.0 | +10.0 to +10.0 | better |" in page and "| VeRA | -10.0 | -10.0 to -10.0 | worse |" in page
     assert (out / "quality.png").stat().st_size > 1000 and "runs are missing" in page and "- mrpc, VeRA: 3" in page
+
+
+def test_figure_4_has_the_printed_formula_and_the_gain(tmp_path):
+    (tmp_path / "cola").mkdir()
+    for name, parameters, accuracy in (("head only", 0, 0.5), ("VeRA", 8000, 0.6), ("LoRA r=1", 16000, 0.7)):
+        text = run(name, 0.1, 0, 0, 0, adapter_parameters=parameters, metrics={"eval_accuracy": 0.5, "test_accuracy": accuracy})
+        (tmp_path / "cola" / f"{parameters}.json").write_text(json.dumps(text))
+    found = {line["method"]: line for line in fig4.make(tmp_path, tmp_path)["lines"]}
+    # VeRA: 100 · (60 / 50) / 8 = 15, (60 - 50) / 8 = 1.25; LoRA: 100 · (70 / 50) / 16 = 8.75, 20 / 16 = 1.25.
+    assert [(found[n]["formula"], found[n]["gain"]) for n in ("VeRA", "LoRA r=1")] == [
+        (pytest.approx(15), pytest.approx(1.25)),
+        (pytest.approx(8.75), pytest.approx(1.25)),
+    ]
+    with pytest.raises(DataError, match="vera sweep"):
+        fig4.make(tmp_path, tmp_path / "nothing")
+
+
+def test_the_weights_figures_are_drawn_from_the_experiments_file(tmp_path):
+    layers = [f"encoder.layer.{i}.attention.self.{part}" for i in range(2) for part in ("query", "value")]
+    one = {"metrics": {}, "adapter_parameters": 5, "seconds_per_step": 0.2, "peak_memory_bytes": 2**21}
+    runs = {"full": one, "LoRA r=64": {**one, "seconds_per_step": 0.1}, "LoRA r=1": one, "VeRA r=64": one}
+    found = {
+        **{"task": "cola", "model": "m", "epochs": 1, "runs": runs, "d_norms": {n: 0.5 + i for i, n in enumerate(layers)}},
+        "cosines": {
+            name: {n: 0.25 for n in layers if n.endswith("query")} for name in ("VeRA r=64", "LoRA r=1", "full", "random")
+        },
+        "intruders": {name: dict.fromkeys(layers, 3) for name in runs},
+        "change": {name: dict.fromkeys(layers, 0.125) for name in runs},
+        **{"top": 10, "near": 0.5, "hardware": {"processor": "p"}},
+    }
+    source = tmp_path / "weights.json"
+    with pytest.raises(DataError, match=r"experiments\.weights"):
+        weights.fig3(tmp_path, source)
+    source.write_text(json.dumps(found))
+    for make in weights.MAKES.values():
+        make(tmp_path, source)
+    assert "| 1 | 2.500 | 3.500 |" in (tmp_path / "fig3.md").read_text() and (tmp_path / "fig3.png").stat().st_size > 1000
+    assert "| VeRA r=64 | +0.2500 | +0.2500 | +0.2500 |" in (tmp_path / "fig5.md").read_text()
+    assert "| full | 12 of 40 | 12.5 % |" in (tmp_path / "intruders.md").read_text()
+    assert "| full | 5 | 200 | 2.00 | 2 |" in (tmp_path / "table12.md").read_text()

@@ -53,6 +53,12 @@ def _grid(name: str) -> Callable[[Path], dict[str, Any]]:
     return make
 
 
+def _fig4(folder: Path) -> dict[str, Any]:
+    from . import fig4
+
+    return fig4.make(folder)
+
+
 def _fig6(folder: Path) -> dict[str, Any]:
     from . import fig6
 
@@ -70,9 +76,12 @@ ITEMS: dict[str, Item] = {
     "table13": Item("Table 13: Vicuna Eval", _cells("table13")),
     "table12": Item("Table 12: training time and memory, on a small scale", _weights("table12")),
     "fig3": Item("Figure 3: how far d moves in each layer, on a small scale", _weights("fig3")),
+    "fig4": Item("Figure 4: accuracy for each thousand parameters, on a small scale", _fig4),
     "fig5": Item("Figure 5: is VeRA's change of the weights like LoRA's? On a small scale", _weights("fig5")),
     "intruders": Item("Intruder dimensions of full, LoRA and VeRA", _weights("intruders")),
     "glue": Item("GLUE's small tasks with MiniLM-L6: every method, in a clone of the repository", _grid("glue")),
+    "ablations": Item("Tables 6 and 7 on a small scale, in a clone of the repository", _grid("ablations")),
+    "ranks": Item("Figure 2 on a small scale, in a clone of the repository", _grid("ranks")),
     "images": Item("Ten images a class with a small ViT of our own, in a clone of the repository", _grid("images")),
     "counts": Item("Every count of trained parameters that the paper prints", _counts),
     "fig6": Item("Figure 6: fitting random 10 × 10 matrices", _fig6),
