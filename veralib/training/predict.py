@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import AdapterFileError, ConfigError, DataError
+from .chats import chat_columns, conversations
 from .data import Row, column_values, read_rows
 from .settings import Settings
 
@@ -44,10 +45,13 @@ def predict(
         raise DataError("there are no rows to predict")
     folder = Path(data).parent if isinstance(data, (str, Path)) else Path()
     names = column_values(rows, adapter_column, "the data") if adapter_column else None
-    model, tokenizer, max_length, choose = _load(source, names, folder)
+    model, tokenizer, max_length, choose = load_source(source, rows, names, folder)
     columns = source.settings.text_columns
     if source.settings.task == "prompt-completion":
         columns = columns[:1]
+    elif source.settings.task == "chat":
+        chat_columns(rows[0], source.settings.text, "the data", answered=False)
+        columns = ()
     for column in columns:
         column_values(rows, column, "the data")
     return _predict(source, rows, model, tokenizer, columns, max_length, choose, batch_size, max_new_tokens)
@@ -74,6 +78,7 @@ def find_source(adapter: str | Path, changes: Mapping[str, Any] | None = None) -
         "task": notes.get("task") or ("classification" if head else "causal-lm"),
         **({"text": json.loads(notes["text"])} if "text" in notes else {}),
         **({"max_length": int(notes["max_length"])} if "max_length" in notes else {}),
+        **({"chat_template": notes["chat_template"]} if "chat_template" in notes else {}),
         **changes,
     }
     if not fields["model"]:
@@ -106,7 +111,7 @@ def _outputs(adapter: Any) -> int:
     return weights[-1].shape[0] if weights else 0
 
 
-def _load(source: Source, names: Sequence[Any] | None, folder: Path):
+def load_source(source: Source, rows: Sequence[Row] = (), names: Sequence[Any] | None = None, folder: Path = Path()):
     """(model, tokenizer, max_length, choose): choose(rows' positions) is the context that gives each row its adapter."""
     import contextlib
 
@@ -120,7 +125,7 @@ def _load(source: Source, names: Sequence[Any] | None, folder: Path):
     base = load_base(source.settings, source.labels)
     if torch.cuda.is_available() and not source.settings.quantise:
         base.model.to("cuda")
-    chat_template(source.settings, base.tokenizer)
+    chat_template(source.settings, base.tokenizer, rows)
     path = Path(source.path)
     if source.settings.method != "vera" and (path / "result.json").is_file():
         if names is not None:
@@ -174,7 +179,7 @@ def _predict(source, rows, model, tokenizer, columns, max_length, choose, batch_
         collate = tokens.collator(tokenizer.pad_token_id or 0)
     else:
         examples = [{"input_ids": ids} for ids in _prompts(rows, tokenizer, source.settings, max_length)]
-        collate = _left_collator(tokenizer.pad_token_id or 0)
+        collate = left_collator(tokenizer.pad_token_id or 0)
     for start in range(0, len(rows), batch_size):
         positions = range(start, min(start + batch_size, len(rows)))
         batch = {k: v.to(device) for k, v in collate([examples[i] for i in positions]).items()}
@@ -200,22 +205,19 @@ def _classes(logits: Any, source: Source) -> list[dict[str, Any]]:
 
 def _prompts(rows: Sequence[Row], tokenizer: Any, settings: Settings, max_length: int) -> list[list[int]]:
     """Each row's prompt in tokens; of a chat, everything before a last answer. Too long a prompt keeps its end."""
-    from .tokens import check_messages, prompt_ids, render
+    from .tokens import prompt_ids, render
 
-    values = column_values(rows, settings.text_columns[0], "the data")
     if settings.task != "chat":
-        return [prompt_ids(tokenizer, str(v))[-max_length:] for v in values]
+        return [prompt_ids(tokenizer, str(v))[-max_length:] for v in column_values(rows, settings.text_columns[0], "the data")]
     prompts = []
-    for number, messages in enumerate(values, 1):
-        at = f"row {number} of the data"
-        check_messages(messages, at)
+    for number, messages in enumerate(conversations(rows, settings.text, "the data", answered=False), 1):
         asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
-        prompts.append(render(tokenizer, asked, at, add_generation_prompt=True)[-max_length:])
+        prompts.append(render(tokenizer, asked, f"row {number} of the data", add_generation_prompt=True)[-max_length:])
     return prompts
 
 
-def _left_collator(pad_id: int):
-    """Pads on the left, where generate wants it."""
+def left_collator(pad_id: int):
+    """A function that pads prompts on the left, where generate wants it."""
     import torch
 
     def collate(examples: Sequence[Mapping[str, list[int]]]) -> dict[str, Any]:
