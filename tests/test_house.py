@@ -28,6 +28,7 @@ ORDER = [
     {"store"},
     {"baselines"},
     {"training"},
+    {"chat_eval"},
     {"fleet"},
     {"demo", "paper"},
     {"commands", "cli", "__main__"},
