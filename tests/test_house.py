@@ -28,6 +28,7 @@ ORDER = [
     {"store"},
     {"baselines"},
     {"training"},
+    {"chat_eval"},
     {"fleet"},
     {"recipes"},
     {"demo", "paper"},

@@ -7,6 +7,7 @@
     ├── UnknownName        no adapter, target, method … of that name; the known ones and the nearest are listed (also a KeyError)
     ├── StateError         the call doesn't fit the present state: merged, already attached, wrong number of rows
     ├── DataError          a data set without the named columns, empty, or with labels never seen in training
+    ├── EndpointError      an HTTP endpoint is down, refuses the key or the request, or doesn't answer in its protocol
     ├── StoreError         a store is damaged, of a newer format, or can't be written
     └── MissingPackage     an optional package is needed; the message is the command that installs it (also an ImportError)
 
@@ -46,6 +47,10 @@ class StateError(VeraError, RuntimeError):
 
 class DataError(VeraError, ValueError):
     """A data set can't be used as it was given."""
+
+
+class EndpointError(VeraError):
+    """An HTTP endpoint didn't give an answer."""
 
 
 class StoreError(VeraError):

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..errors import DataError, VeraError, nearest
 from ..store.names import key_of, shard_of
+from ..training.chats import chat_columns
 from ..training.data import Row, file_kind, load_rows, read_rows
 from ..training.settings import Settings
 from ..training.tokens import encode
@@ -39,7 +40,9 @@ def read_owners(settings: FleetSettings) -> OwnerRows:
             f'{", ".join(settings.data)} has no owner column "{settings.owner}".{nearest(settings.owner, there)} Columns there: '
             f"{', '.join(map(str, there))}. Name yours with owner, or give a folder with one file for each owner."
         )
-    if missing := next((c for c in single.text_columns if c not in there), None):
+    if single.task == "chat":
+        chat_columns(rows[0], single.text, ", ".join(settings.data))
+    elif missing := next((c for c in single.text_columns if c not in there), None):
         raise DataError(
             f'{", ".join(settings.data)} has no column "{missing}".{nearest(missing, there)} Columns there: '
             f"{', '.join(map(str, there))}. Name yours with text."

@@ -33,7 +33,7 @@ class FleetSettings(BaseModel):
     split: str = Field("train", description="Split of a hub data set.")
     data_config: str | None = Field(None, description="Configuration of a hub data set.")
     max_length: int = Field(256, gt=1, description="Tokens a row at most.")
-    chat_template: str | None = Field(None, description="A Jinja file, where the tokenizer has no chat template.")
+    chat_template: str | None = Field(None, description='A Jinja file, or "alpaca", where the tokenizer has no chat template.')
     held_out: float = Field(0.2, ge=0, lt=1, description="Share of each owner's rows that only measures; 0: none.")
 
     revision: str | None = Field(None, description="Revision of a hub model.")

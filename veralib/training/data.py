@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ..errors import DataError, nearest, need
+from .chats import chat_columns
 from .sampling import draw_shots, split_off
 from .settings import WITH_HEAD, Settings
 
@@ -287,7 +288,9 @@ def _check(settings: Settings, train: Sequence[Row], held: Mapping[str, Sequence
     for where, rows in splits.items():
         if not rows:
             raise DataError(f"{where} are empty: {', '.join(settings.data)}")
-        for column in settings.text_columns:
+        if settings.task == "chat":
+            chat_columns(rows[0], settings.text, where)
+        for column in settings.text_columns if settings.task != "chat" else ():
             column_values(rows, column, where)
     if settings.task not in WITH_HEAD:
         return ()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import AdapterFileError, ConfigError, DataError
+from .chats import chat_columns, conversations
 from .data import Row, column_values, read_rows
 from .settings import WITH_HEAD, Settings
 
@@ -45,10 +46,13 @@ def predict(
     source = find_source(adapter, changes)
     rows, folder = _read(data, source.settings)
     names = column_values(rows, adapter_column, "the data") if adapter_column else None
-    model, base, choose = _load(source, names, folder)
+    model, base, choose = load_source(source, rows, names, folder)
     columns = source.settings.text_columns
     if source.settings.task == "prompt-completion":
         columns = columns[:1]
+    elif source.settings.task == "chat":
+        chat_columns(rows[0], source.settings.text, "the data", answered=False)
+        columns = ()
     for column in columns:
         column_values(rows, column, "the data")
     examples, collate = _examples(source.settings, rows, columns, base, folder)
@@ -88,7 +92,7 @@ def _examples(settings: Settings, rows: Sequence[Row], columns: Sequence[str], b
     if settings.task in WITH_HEAD:
         return tokens.inputs(rows, base.tokenizer, columns, base.max_length, "the data"), tokens.collator(pad_id)
     examples = [{"input_ids": ids} for ids in _prompts(rows, base.tokenizer, settings, base.max_length)]
-    return examples, _left_collator(pad_id)
+    return examples, left_collator(pad_id)
 
 
 def find_source(adapter: str | Path, changes: Mapping[str, Any] | None = None) -> Source:
@@ -112,6 +116,7 @@ def find_source(adapter: str | Path, changes: Mapping[str, Any] | None = None) -
         "task": notes.get("task") or ("classification" if head else "causal-lm"),
         **({"text": json.loads(notes["text"])} if "text" in notes else {}),
         **({"max_length": int(notes["max_length"])} if "max_length" in notes else {}),
+        **({"chat_template": notes["chat_template"]} if "chat_template" in notes else {}),
         **changes,
     }
     if not fields["model"]:
@@ -144,7 +149,9 @@ def _outputs(adapter: Any) -> int:
     return weights[-1].shape[0] if weights else 0
 
 
-def _load(source: Source, names: Sequence[Any] | None, folder: Path) -> tuple[Any, "Base", Any]:
+def load_source(
+    source: Source, rows: Sequence[Row] = (), names: Sequence[Any] | None = None, folder: Path = Path()
+) -> tuple[Any, "Base", Any]:
     """(model, base, choose): choose(rows' positions) is the context that gives each row its adapter."""
     import contextlib
 
@@ -158,7 +165,7 @@ def _load(source: Source, names: Sequence[Any] | None, folder: Path) -> tuple[An
     base = load_base(source.settings, source.labels)
     if torch.cuda.is_available() and not source.settings.quantise:
         base.model.to("cuda")
-    chat_template(source.settings, base.tokenizer)
+    chat_template(source.settings, base.tokenizer, rows)
     path = Path(source.path)
     if source.settings.method != "vera" and (path / "result.json").is_file():
         if names is not None:
@@ -230,22 +237,19 @@ def _classes(logits: Any, source: Source) -> list[dict[str, Any]]:
 
 def _prompts(rows: Sequence[Row], tokenizer: Any, settings: Settings, max_length: int) -> list[list[int]]:
     """Each row's prompt in tokens; of a chat, everything before a last answer. Too long a prompt keeps its end."""
-    from .tokens import check_messages, prompt_ids, render
+    from .tokens import prompt_ids, render
 
-    values = column_values(rows, settings.text_columns[0], "the data")
     if settings.task != "chat":
-        return [prompt_ids(tokenizer, str(v))[-max_length:] for v in values]
+        return [prompt_ids(tokenizer, str(v))[-max_length:] for v in column_values(rows, settings.text_columns[0], "the data")]
     prompts = []
-    for number, messages in enumerate(values, 1):
-        at = f"row {number} of the data"
-        check_messages(messages, at)
+    for number, messages in enumerate(conversations(rows, settings.text, "the data", answered=False), 1):
         asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
-        prompts.append(render(tokenizer, asked, at, add_generation_prompt=True)[-max_length:])
+        prompts.append(render(tokenizer, asked, f"row {number} of the data", add_generation_prompt=True)[-max_length:])
     return prompts
 
 
-def _left_collator(pad_id: int):
-    """Pads on the left, where generate wants it."""
+def left_collator(pad_id: int):
+    """A function that pads prompts on the left, where generate wants it."""
     import torch
 
     def collate(examples: Sequence[Mapping[str, list[int]]]) -> dict[str, Any]:

@@ -54,7 +54,7 @@ def train(settings: Settings, callbacks: Sequence[Any] = ()) -> Result:
 
     transformers.set_seed(settings.seed)
     base = load_base(settings, data.labels)
-    chat_template(settings, base.tokenizer)
+    settings = chat_template(settings, base.tokenizer, data.train)
     attached = find_method(settings.method)(base.model, settings, base.head)
     splits = {"train": data.train, "validation": data.validation, "test": data.test}
     sets, collate = _examples(splits, base, settings, data.labels)
@@ -216,6 +216,7 @@ def _notes(settings: Settings, data: Data, metrics: dict[str, float]) -> dict[st
         "labels": json.dumps(list(data.labels), ensure_ascii=False),
         "max_length": str(settings.max_length),
         "metrics": json.dumps(metrics),
+        **({"chat_template": "alpaca"} if settings.chat_template == "alpaca" else {}),
     }
 
 

@@ -35,7 +35,7 @@ DEFAULT_TEXT = {
     "images": ("image",),
     "causal-lm": ("text",),
     "prompt-completion": ("prompt", "completion"),
-    "chat": ("messages",),
+    "chat": (),  # whichever of the published columns the rows have: see chats.py
 }
 # A TrainingArguments field -> the setting that owns it.
 OWNED = {
@@ -84,8 +84,8 @@ class Settings(BaseModel):
 
     text: tuple[str, ...] = Field(
         (),
-        description="Text columns: one, or two for pairs; the prompt and completion columns; the messages column; a hub data "
-        "set's image column.",
+        description="Text columns: one, or two for pairs; the prompt and completion columns; the messages column, or a chat's "
+        "instruction, input and output; a hub data set's image column.",
     )
     label: str = Field("label", description="Label column (classification, regression, images).")
     columns: tuple[str, ...] = Field((), description="Column names of a csv or tsv file without a header.")
@@ -103,7 +103,7 @@ class Settings(BaseModel):
     )
     augment: bool = Field(False, description="Crop and flip the training images at random, anew in each epoch.")
     max_length: int = Field(256, gt=1, description="Tokens a row at most.")
-    chat_template: str | None = Field(None, description="A Jinja file, where the tokenizer has no chat template.")
+    chat_template: str | None = Field(None, description='A Jinja file, or "alpaca", where the tokenizer has no chat template.')
 
     revision: str | None = Field(None, description="Revision of a hub model.")
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field("float32", description="Type of the base's weights.")
@@ -266,7 +266,7 @@ def _faults(s: Settings) -> Iterator[str]:
         yield "data is empty: name a file, a folder or a hub id"
     if s.method == "head" and s.task not in WITH_HEAD:
         yield f'method "head" trains a classification head, and task "{s.task}" has none; use vera, lora or full'
-    widths = {"classification": (1, 2), "regression": (1, 2), "prompt-completion": (2,)}.get(s.task, (1,))
+    widths = {"classification": (1, 2), "regression": (1, 2), "prompt-completion": (2,), "chat": (1, 2, 3)}.get(s.task, (1,))
     if s.text and len(s.text) not in widths:
         yield f"text names {len(s.text)} columns, and task {s.task} reads {' or '.join(map(str, widths))}"
     if s.shots and s.task not in ("classification", "images"):

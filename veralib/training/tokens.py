@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError, VeraWarning
+from .chats import ALPACA_TEMPLATE, conversations, is_alpaca
 from .data import Row, column_values, label_ids, numbers
 from .settings import Settings
 
@@ -62,15 +63,27 @@ def collator(pad_id: int) -> Callable[[Sequence[Example]], dict[str, Tensor]]:
     return collate
 
 
-def chat_template(settings: Settings, tokenizer: Any) -> None:
-    """Gives the tokenizer the settings' chat template; DataError where a chat has none."""
-    if settings.chat_template:
+def chat_template(settings: Settings, tokenizer: Any, rows: Sequence[Row] = ()) -> Settings:
+    """The settings with the chat template that the tokenizer now has; DataError where a chat has none.
+
+    rows: the data. Where the tokenizer has no template and they are Alpaca's, it is "alpaca", the built-in one.
+    """
+    alpaca = settings.task == "chat" and is_alpaca(rows[0] if rows else {}, settings.text)
+    if alpaca and not settings.chat_template and not tokenizer.chat_template:
+        settings = settings.replace(chat_template="alpaca")
+    if settings.chat_template == "alpaca":
+        tokenizer.chat_template = ALPACA_TEMPLATE
+    elif settings.chat_template:
         try:
             tokenizer.chat_template = Path(settings.chat_template).read_text(encoding="utf-8")
-        except OSError as e:
-            raise DataError(f"can't read the chat template {settings.chat_template}: {e.strerror}") from e
+        except (OSError, UnicodeDecodeError) as e:
+            raise DataError(f"can't read the chat template {settings.chat_template}: {getattr(e, 'strerror', None) or e}") from e
     if settings.task == "chat" and not tokenizer.chat_template:
-        raise DataError(f"the tokenizer of {settings.model} has no chat template: name a Jinja file with chat_template")
+        raise DataError(
+            f"the tokenizer of {settings.model} has no chat template: name a Jinja file with chat_template, or alpaca for the "
+            "built-in one"
+        )
+    return settings
 
 
 def inputs(rows: Sequence[Row], tokenizer: Any, columns: Sequence[str], max_length: int, where: str) -> list[Example]:
@@ -137,44 +150,64 @@ def _encode_answers(rows, tokenizer, settings: Settings, max_length: int, where:
 def _encode_chat(rows, tokenizer, settings: Settings, max_length: int, where: str) -> list[Example]:
     """The loss counts what the assistant says: each of its turns, from after the template's own opening to its end."""
     examples = []
-    for number, messages in enumerate(column_values(rows, settings.text_columns[0], where), 1):
+    for number, messages in enumerate(conversations(rows, settings.text, where), 1):
         at = f"row {number} of {where}"
-        check_messages(messages, at, answered=True)
-        whole = render(tokenizer, messages, at)
-        labels = [IGNORED] * len(whole)
-        for i, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            before = render(tokenizer, messages[:i], at, add_generation_prompt=True) if i else []
-            after = render(tokenizer, messages[: i + 1], at)
-            if whole[: len(after)] != after or after[: len(before)] != before:
-                raise DataError(
-                    f"{at}: the chat template renders turn {i + 1} differently when more turns follow, so the answer's tokens "
-                    "can't be told apart; give a template without that with chat_template, or split the row before that turn"
-                )
-            labels[len(before) : len(after)] = after[len(before) :]
-        examples.append({"input_ids": whole[:max_length], "labels": labels[:max_length]})
+        text = _rendered(tokenizer, messages, at)
+        turns = [
+            (i + 1, _rendered(tokenizer, messages[:i], at, True) if i else "", _rendered(tokenizer, messages[: i + 1], at))
+            for i, message in enumerate(messages)
+            if message["role"] == "assistant"
+        ]
+        ids, labels = _whole(tokenizer, text, turns) or _apart(tokenizer, text, turns, at)
+        examples.append({"input_ids": ids[:max_length], "labels": labels[:max_length]})
     return examples
+
+
+def _whole(tokenizer: Any, text: str, turns: Sequence[tuple[int, str, str]]) -> tuple[list[int], list[int]] | None:
+    """(ids, labels) of a chat tokenised at once; None where a token would span the border of an answer."""
+    ids = _ids(tokenizer, text)
+    labels = [IGNORED] * len(ids)
+    for _, before, after in turns:
+        head, answer = _ids(tokenizer, before), _ids(tokenizer, after)
+        if ids[: len(answer)] != answer or answer[: len(head)] != head:
+            return None
+        labels[len(head) : len(answer)] = answer[len(head) :]
+    return ids, labels
+
+
+def _apart(tokenizer: Any, text: str, turns: Sequence[tuple[int, str, str]], at: str) -> tuple[list[int], list[int]]:
+    """(ids, labels) of a chat whose answers are tokenised apart from what stands around them."""
+    ids: list[int] = []
+    labels: list[int] = []
+    done = 0
+    for number, before, after in turns:
+        if not text.startswith(after) or not after.startswith(before):
+            raise DataError(
+                f"{at}: the chat template renders turn {number} differently when more turns follow, so the answer's tokens "
+                "can't be told apart; give a template without that with chat_template, or split the row before that turn"
+            )
+        asked, said = _ids(tokenizer, text[done : len(before)]), _ids(tokenizer, after[len(before) :])
+        ids += asked + said
+        labels += [IGNORED] * len(asked) + said
+        done = len(after)
+    rest = _ids(tokenizer, text[done:])
+    return ids + rest, labels + [IGNORED] * len(rest)
 
 
 def render(tokenizer: Any, messages: Sequence[Any], at: str, add_generation_prompt: bool = False) -> list[int]:
     """The tokens of messages under the tokenizer's chat template; DataError where the template refuses them."""
+    return _ids(tokenizer, _rendered(tokenizer, messages, at, add_generation_prompt))
+
+
+def _rendered(tokenizer: Any, messages: Sequence[Any], at: str, add_generation_prompt: bool = False) -> str:
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
     except Exception as e:  # jinja2's errors, and what a template raises itself
         raise DataError(f"{at}: the chat template refuses these messages: {e}") from e
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def check_messages(messages: Any, at: str, answered: bool = False) -> None:
-    """DataError where a row's messages aren't a chat, or none of them is the assistant's though one must be."""
-    good = isinstance(messages, (list, tuple)) and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), (str, list)) for m in messages
-    )
-    if not good or not messages:
-        raise DataError(f'{at}: expected a list of {{"role": …, "content": …}}, found {str(messages)[:80]!r}')
-    if answered and not any(m["role"] == "assistant" for m in messages):
-        raise DataError(f"{at}: no message is the assistant's, so there is nothing to learn")
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
 
 
 _ENCODERS = {"causal-lm": _encode_text, "prompt-completion": _encode_answers, "chat": _encode_chat}
