@@ -27,8 +27,8 @@ TRAINING: dict[str, float] = {"batch": 128, "lr": 1e-3, "weight_decay": 0.05, "w
 SAVE_SECONDS = 120
 
 
-def pretrain(data: Path, output: Path, epochs: int, minutes: float, seed: int) -> None:
-    """Trains the ViT, its checkpoint in a folder beside `output`, and writes it there at the end; pauses after `minutes`."""
+def pretrain(data: Path, output: Path, epochs: int, minutes: float, seed: int, patch: int = MODEL["patch_size"]) -> None:
+    """Trains the ViT and writes it to `output`, its checkpoints beside that; pauses after `minutes` of training."""
     started = time.monotonic()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     arrays = classes(data, odd=False)
@@ -41,26 +41,29 @@ def pretrain(data: Path, output: Path, epochs: int, minutes: float, seed: int) -
     steps = epochs * in_epoch
 
     torch.manual_seed(seed)
-    model = make_model(names).to(device)
+    shape = {**MODEL, "patch_size": patch}
+    model = make_model(names, shape).to(device)
     optimizer = make_optimizer(model)
     checkpoint = output.with_name(output.name + "-work") / "checkpoint.pt"
-    mark = {"seed": seed, "epochs": epochs, "model": MODEL, "training": TRAINING, "images": len(train)}
+    mark = {"seed": seed, "epochs": epochs, "model": shape, "training": TRAINING, "images": len(train)}
     state = load_state(checkpoint, mark, model, optimizer, device)
-    before, first, saved = state["seconds"], state["step"], time.monotonic()
+    before, first, saved, begun = state["seconds"], state["step"], time.monotonic(), time.monotonic()
     print(f"{steps - first} of {steps} steps to do, {len(train)} images of {len(names)} classes, {device}", flush=True)
 
     def keep() -> None:
         state.update(weights=model.state_dict(), optimizer=optimizer.state_dict(), seconds=before + time.monotonic() - started)
         save_state(state, checkpoint)
 
-    def speed() -> float:
-        return (state["step"] - first) * batch / (time.monotonic() - started)
+    def pace() -> str:
+        if state["step"] == first:
+            return ""
+        speed = (state["step"] - first) * batch / (time.monotonic() - begun)
+        return f", {speed:.0f} images/s, about {(steps - state['step']) * batch / speed / 60:.0f} minutes left"
 
     for step in range(first, steps):
-        if time.monotonic() - started > 60 * minutes:
+        if time.monotonic() - begun > 60 * minutes:
             keep()
-            left = (steps - step) * batch / speed() / 60 if step > first else math.inf
-            print(f"paused after step {step} of {steps}, {speed():.0f} images/s; about {left:.0f} minutes are left", flush=True)
+            print(f"paused after step {step} of {steps}{pace()}", flush=True)
             return
         epoch, place = divmod(step, in_epoch)
         rows = order(len(train), seed, epoch)[place * batch : (place + 1) * batch].to(device)
@@ -77,13 +80,12 @@ def pretrain(data: Path, output: Path, epochs: int, minutes: float, seed: int) -
             }
             state["history"].append(line)
             state["losses"] = []
-            print(
-                f"epoch {epoch + 1}/{epochs}: loss {line['loss']}, val accuracy {line['accuracy']}, {speed():.0f} images/s",
-                flush=True,
-            )
+            score = f"loss {line['loss']}, val accuracy {line['accuracy']}"
+            print(f"epoch {epoch + 1}/{epochs}: {score}{pace()}", flush=True)
         if time.monotonic() - saved > SAVE_SECONDS:
             keep()
             saved = time.monotonic()
+            print(f"  step {step + 1}/{steps}: loss {float(loss):.3f}{pace()}", flush=True)
     keep()
     write(model, output, state, {"classes": len(names), "device": device})
 
@@ -121,11 +123,11 @@ def normalised(pixels: Tensor) -> Tensor:
     return pixels.float() / 127.5 - 1
 
 
-def make_model(names: list[str]) -> Any:
-    """A ViTForImageClassification of MODEL's shape over these classes, with random weights."""
+def make_model(names: list[str], shape: dict[str, int]) -> Any:
+    """A ViTForImageClassification of this shape over these classes, with random weights."""
     from transformers import ViTConfig, ViTForImageClassification
 
-    config = ViTConfig(**MODEL, id2label=dict(enumerate(names)), label2id={n: i for i, n in enumerate(names)})  # type: ignore[arg-type]
+    config = ViTConfig(**shape, id2label=dict(enumerate(names)), label2id={n: i for i, n in enumerate(names)})  # type: ignore[arg-type]
     return ViTForImageClassification(config)
 
 
@@ -197,8 +199,11 @@ def write(model: Any, output: Path, state: dict[str, Any], more: dict[str, Any])
     """The model, its image processor and training.json."""
     from transformers import ViTImageProcessorPil
 
+    from veralib.training.loading import quiet_transformers
+
     size = MODEL["image_size"]
-    model.cpu().save_pretrained(output)
+    with quiet_transformers():
+        model.cpu().save_pretrained(output)
     ViTImageProcessorPil(size={"height": size, "width": size}).save_pretrained(output)
     facts = {
         "parameters": sum(p.numel() for p in model.vit.parameters()),

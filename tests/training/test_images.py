@@ -75,7 +75,7 @@ def test_vera_sits_on_query_and_value_by_default(settings):
     import veralib
 
     train(settings.replace(epochs=1))
-    layers = {name.rpartition(".")[2] for name in veralib.load_adapter(settings.output).layers}
+    layers = {name.rpartition(".")[2] for name in veralib.load_adapter(settings.output).vectors}
     assert layers in ({"q_proj", "v_proj"}, {"query", "value"})
 
 
@@ -213,10 +213,16 @@ def test_only_training_images_are_augmented_and_the_view_is_a_function_of_seed_e
     assert torch.equal(pixels(data.test, False), pixels(data.test, False, epoch=1))
 
 
-def test_an_augmented_run_repeats_and_resumes_to_the_bit(settings, tmp_path):
+def test_an_augmented_run_repeats_and_resumes_to_the_bit(settings, tmp_path, monkeypatch):
+    from veralib.training import pixels
+
     settings = settings.replace(augment=True)
     whole, plain = settings.replace(output=tmp_path / "whole"), settings.replace(output=tmp_path / "plain", augment=False)
-    expected, other = train(whole), train(plain)
+    drawn = []
+    with monkeypatch.context() as m:
+        m.setattr(pixels, "generator_of", lambda *numbers: drawn.append(numbers) or generator_of(*numbers))
+        expected, other = train(whole), train(plain)
+    assert sorted(drawn) == [(0, epoch, row) for epoch in range(6) for row in range(24)]  # training rows, each epoch, no others
     interrupted(settings, 5)
     interrupted(settings, 10)
     result = train(settings)

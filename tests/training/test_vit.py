@@ -25,7 +25,7 @@ def toy(tmp_path, monkeypatch):
     """photos.npz with six classes, and a ViT of one narrow layer."""
     shades = {f"{shade}{name}": images for shade in "ab" for name, images in tiny.jpegs(8, seed=ord(shade)).items()}
     tiny.write_npz(tmp_path / "photos.npz", [shades, {name: images[:2] for name, images in shades.items()}])
-    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "patch_size": 16}
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     monkeypatch.setattr(vit_pretrain, "MODEL", {**vit_pretrain.MODEL, **small})
     monkeypatch.setattr(vit_pretrain, "TRAINING", {**vit_pretrain.TRAINING, "batch": 8})
     return tmp_path
