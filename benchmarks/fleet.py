@@ -278,7 +278,8 @@ PROCESS = """
 import sys, torch
 torch.set_num_threads(int(sys.argv[1]))
 from pathlib import Path
-from benchmarks import fleet
+from benchmarks import fleet, measure
+measure.keep_memory()
 fleet.run_peft(sys.argv[2], "lora", 8, int(sys.argv[3]), 1, int(sys.argv[4]), Path(sys.argv[5]))
 """
 

@@ -72,6 +72,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "cosines": cosines(deltas),
         "intruders": {name: {layer: intruders(weights[layer], d) for layer, d in of.items()} for name, of in deltas.items()},
         "change": {name: {k: float(d.norm() / weights[k].norm()) for k, d in of.items()} for name, of in deltas.items()},
+        **{"rank": METHODS["VeRA r=64"]["rank"], "blocks": base.config.num_hidden_layers, "hidden": base.config.hidden_size},
         **{"top": TOP, "near": NEAR, "versions": versions(), "hardware": hardware()},
     }
     a.results.mkdir(parents=True, exist_ok=True)

@@ -44,7 +44,7 @@ def test_every_recipe_and_method_resolves_to_valid_settings(monkeypatch):
         ("glue-qnli-large", "vera", {"epochs": 20, "lr": 1e-2, "lr_head": 2e-4, "max_length": 128}),
         ("glue-stsb-large", "vera", {"epochs": 20, "lr": 2e-2, "lr_head": 2e-3, "metric": "pearson", "task": "regression"}),
         ("glue-cola-base", "lora", {"rank": 8, "epochs": 80, "lr": 4e-4, "batch_size": 32, "metric": "matthews"}),
-        ("glue-rte-large", "lora", {"epochs": 20, "lr": 4e-4, "batch_size": 8, "accumulation": 1}),
+        ("glue-rte-large", "lora", {"epochs": 20, "lr": 4e-4, "batch_size": 4, "accumulation": 1}),
         (
             "instruct-llama2-13b",
             "vera",
@@ -56,6 +56,15 @@ def test_every_recipe_and_method_resolves_to_valid_settings(monkeypatch):
             {"rank": 64, "lr": 4e-4, "schedule": "cosine", "quantise": "4bit", "targets": "all-linear"},
         ),
         ("e2e-medium", "vera", {"rank": 1024, "lr": 1e-1, "epochs": 5, "batch_size": 8, "warmup": 500, "weight_decay": 0.01}),
+        (
+            "images-resisc45-base",
+            "vera",
+            {"rank": 256, "lr": 7e-2, "lr_head": 5e-3, "epochs": 10, "shots": 10, "weight_decay": 0.01},
+        ),
+        ("images-flowers102-large", "full", {"lr": 4e-5, "lr_head": 8e-3}),
+        ("images-food101-base", "full", {"lr": 4e-5, "lr_head": 4e-2}),
+        ("images-cifar100-large", "head", {"lr_head": 4e-4}),
+        ("images-resisc45-large", "lora", {"rank": 8, "lr": 4e-3, "lr_head": 4e-4}),
         ("e2e-large", "vera", {"lr": 2e-2, "training": {"label_smoothing_factor": 0.1}}),
     ],
 )
@@ -66,9 +75,26 @@ def test_the_published_values_are_in_the_settings(name, method, printed, monkeyp
 
 
 def test_the_large_models_four_gpus_become_accumulation(monkeypatch):
-    for processes, accumulation in ((1, 4), (2, 2), (4, 1), (8, 1)):
+    for processes, accumulation in ((1, 4), (2, 2), (4, 1)):
         monkeypatch.setenv("WORLD_SIZE", str(processes))
         assert settings_of("glue-cola-large").accumulation == accumulation
+    for processes in (3, 8):
+        monkeypatch.setenv("WORLD_SIZE", str(processes))
+        with pytest.raises(ConfigError, match="batches of 128"):
+            settings_of("glue-cola-large")
+        assert settings_of("glue-cola-large", batch_size=16, accumulation=1).accumulation == 1
+    with pytest.raises(ConfigError, match="batches of 4, which 8"):
+        settings_of("glue-cola-large", "lora")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert settings_of("instruct-llama-7b").accumulation == 2
+
+
+def test_a_key_of_training_or_options_joins_the_recipes_own(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    ten = settings_of("instruct-llama-7b-10k", training={"logging_steps": 5})
+    assert ten.training == {"bf16": True, "max_steps": 625, "logging_steps": 5}
+    lora = settings_of("e2e-medium", "lora", options={"lora_dropout": 0.0})
+    assert lora.options == {"lora_alpha": 32, "lora_dropout": 0.0}
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +172,12 @@ def test_a_plan_counts_without_weights(method, rank, count, tmp_path):
     assert found.base_parameters == 124_055_040  # RobertaModel without its pooler, at its config's defaults
     assert found.weights_bytes == 4 * (found.base_parameters + found.head_parameters)
     assert found.training_bytes == 16 * (count + found.head_parameters)
+    llama = {"model_type": "llama", "vocab_size": 1000, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    (tmp_path / "config.json").write_text(json.dumps({**llama, "intermediate_size": 96}))
+    chat = plan(settings_of("instruct-llama-7b", method if method != "head" else "vera", model=tmp_path))
+    linears, rest = 4 * 64 * 64 + 3 * 64 * 96, 2 * 1000 * 64 + 3 * 64  # of the rest, the output embedding stays in 16 bits too
+    assert chat.weights_bytes == int(linears * 0.516 + rest * 2) and chat.base_parameters == linears + rest
+    (tmp_path / "config.json").write_text(json.dumps(config))
     # Half as long rows: half the activations; and at 4 bits the linears' weights shrink, not the embeddings.
     assert plan(settings.replace(max_length=256)).activations_bytes * 2 == found.activations_bytes
     assert 0.4 < plan(settings.replace(quantise="4bit")).weights_bytes / found.weights_bytes < 0.5

@@ -317,7 +317,9 @@ class MixedDelta(Function):
         y = product(u * d[index].to(u.dtype)[:, None], B.t())
         ctx.save_for_backward(u, d, b, index, B, None if recompute else y)
         b_rows = b[index].to(u.dtype)[:, None]
-        return y * b_rows if h is None else torch.addcmul(h, y, b_rows)
+        if h is not None:
+            return torch.addcmul(h, y, b_rows)
+        return y.mul_(b_rows) if recompute else y * b_rows
 
     @staticmethod
     @_full_precision

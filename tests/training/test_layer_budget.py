@@ -39,6 +39,9 @@ def test_scores_are_of_every_layer_and_follow_what_trains(settings):
     # b starts at 0, so d's gradient is 0 in the first step, and where b can't move d never does.
     still = measure(settings.replace(options={"train": "b"}), "change", steps=2)
     assert set(still.values()) == {0.0}
+    assert set(measure(settings.replace(options={"train": "b"}), "gradient", steps=2).values()) == {0.0}
+    with pytest.raises(ConfigError, match="steps is 0"):
+        measure(settings, steps=0)
     with pytest.raises(ConfigError, match='method is "lora"'):
         measure(settings.replace(method="lora"))
 

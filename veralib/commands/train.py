@@ -1,7 +1,7 @@
 """vera train: its flags are the fields of Settings, with their descriptions as help."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ def make_train() -> Callable[..., None]:
     def train(**given: Any) -> None:
         file, sets, protocol, dry = (given.pop(k) for k in ("settings_file", "set", "protocol", "dry_run"))
         chosen, notes = resolve(file, sets, protocol, {k: v for k, v in given.items() if v is not None})
-        show_plan(chosen, notes) if dry else run_train(chosen)
+        show_plan(chosen, notes) if dry else run_train(chosen, notes)
 
     parameters = [settings_argument(), *flags(Settings, PANELS, DICTS), set_option("training.bf16=true"), *_recipe_options()]
     train.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -94,14 +94,16 @@ def show_plan(settings: Any, notes: list[str]) -> None:
     table("settings", ("", "value"), rows)
     for note in notes:
         print(note)
-    found = plan(settings, labels=_labels(settings))
+    labels = _labels(settings)
+    found = plan(settings, labels=labels or 2)
+    assumed = "" if labels or settings.task not in ("classification", "images") else " (of 2 classes, assumed)"
     table(
         "counts and memory",
         ("", "value"),
         [
             ("base parameters", f"{found.base_parameters:,}"),
             ("trained parameters", f"{found.adapter_parameters:,}"),
-            ("trained with the head", f"{found.head_parameters:,}"),
+            ("of the head, beside them", f"{found.head_parameters:,}{assumed}"),
             ("weights", human_bytes(found.weights_bytes)),
             ("trained values, gradients, moments", human_bytes(found.training_bytes)),
             ("activations (estimate)", human_bytes(found.activations_bytes)),
@@ -112,20 +114,21 @@ def show_plan(settings: Any, notes: list[str]) -> None:
 
 
 def _labels(settings: Any) -> int:
-    """How many classes local data have; 2 where they would have to be downloaded first."""
+    """How many classes local texts have; 0 where it isn't known: data of the hub, or images, which would all be read."""
     from ..training.data import load_data
 
-    here = all(Path(p).expanduser().exists() for p in settings.data)
-    return len(load_data(settings).labels) or 1 if here else 2
+    here = settings.task == "classification" and all(Path(p).expanduser().exists() for p in settings.data)
+    return len(load_data(settings).labels) if here else 0
 
 
-def run_train(settings: Any) -> None:
-    """One run; prints what came out."""
+def run_train(settings: Any, notes: Sequence[str] = ()) -> None:
+    """One run; prints the notes on its recipe, and what came out."""
     from ..training import train
-
-    result = train(settings, callbacks=[_reporter()])
     from ..training.folder import is_main_process
 
+    for note in notes if is_main_process() else ():
+        print(note)
+    result = train(settings, callbacks=[_reporter()])
     if not is_main_process():
         return
     rows = [(name.replace("_", " "), f"{value:.4f}") for name, value in result.metrics.items()]

@@ -1,5 +1,6 @@
 """Runs of a grid compared: the rate chosen on held-out rows, the mean of the seeds, differences paired by seed."""
 
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
@@ -7,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 MARGIN = 1.0
-"""Points on the 0 to 100 scale within which two methods count as on par; set before the runs were looked at."""
+"""Points on the 0 to 100 scale within which two methods count as on par: our choice, the same on every page."""
 
 
 @dataclass(frozen=True)
@@ -26,17 +27,22 @@ class Line:
 
 
 def chosen(results: Sequence[dict[str, Any]], metric: str) -> list[Line]:
-    """A line for each method of one task: of its rates, the one with the best mean held-out score among those that ran the
-    most seeds; a rate that has only failed to diverge on one seed can't win against one with three."""
+    """A line for each method of one task: of its rates, the one with the best mean held-out score over the seeds that all its
+    rates have run; where they share none, over all. A score that isn't finite is the worst. The scores are the chosen rate's."""
     by: dict[str, dict[float, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for r in results:
         by[r["name"]][r["value"]].append(r)
     lines = []
     for name, rates in by.items():
-        most = max(len(runs) for runs in rates.values())
-        full = {value: runs for value, runs in rates.items() if len(runs) == most}
-        value = max(full, key=lambda v: statistics.mean(r["metrics"][f"eval_{metric}"] for r in full[v]))
-        runs = full[value]
+        shared = set.intersection(*({r["seed"] for r in runs} for runs in rates.values()))
+
+        def held_out(value: float, rates: Any = rates, shared: set[int] = shared) -> float:
+            scores = [r["metrics"][f"eval_{metric}"] for r in rates[value] if not shared or r["seed"] in shared]
+            middle = statistics.mean(scores)
+            return middle if math.isfinite(middle) else -math.inf
+
+        value = max(rates, key=held_out)
+        runs = rates[value]
         lines.append(
             Line(
                 **{"task": runs[0]["task"], "name": name, "rate": runs[0]["rate"], "value": value},

@@ -19,7 +19,8 @@ def make(folder: Path, results: Path = RESULTS) -> dict[str, Any]:
     tables: list[Table] = []
     lines: list[dict[str, Any]] = []
     for task in dict.fromkeys(r["task"] for r in found):
-        scores = {line.name: line for line in chosen([r for r in found if r["task"] == task], "accuracy")}
+        ran = [r for r in found if r["task"] == task and {"eval_accuracy", "test_accuracy"} <= r["metrics"].keys()]
+        scores = {line.name: line for line in chosen(ran, "accuracy")}
         if BASELINE not in scores:
             continue
         head = statistics.mean(scores[BASELINE].scores.values())

@@ -1,5 +1,6 @@
 """A grid's page: what `vera sweep` found, task by task, rendered from its result files alone."""
 
+import os
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,12 +10,11 @@ from ..training.sweep import Grid, load_results, read_grid
 from .compare import MARGIN, Line, chosen, paired, verdict
 from .pages import Table, page, write
 
-AGAINST = ("LoRA r=1", "LoRA r=8")
 COLUMNS = ("method", "trained parameters", "adapter bytes", "rate", "held-out", "test", "seeds", "ms a step")
 
 
 def make(name: str, grid_file: Path, folder: Path | None = None, place: Path | None = None) -> dict[str, Any]:
-    """README.md, NAME.json and quality.png in the grid's output folder."""
+    """README.md and quality.png in the grid's output folder; NAME.json and NAME.md in `folder`."""
     grid = read_grid(grid_file, place)
     results = load_results(grid.output, list(dict.fromkeys(c.name for c in grid.cells)))
     by_task = {task: chosen([r for r in results if r["task"] == task], metric) for task, metric in grid.metrics.items()}
@@ -23,18 +23,19 @@ def make(name: str, grid_file: Path, folder: Path | None = None, place: Path | N
         if not lines:
             continue
         tables.append((f"{task}: {grid.metrics[task]} × 100", COLUMNS, [_line(line) for line in lines]))
-        for against in AGAINST:
+        for against in grid.against:
             if reference := next((line for line in lines if line.name == against), None):
                 rows = [_difference(line, reference) for line in lines if line is not reference]
                 tables.append(
                     (f"{task}: minus {against}, paired by seed", ("method", "difference", "95 % interval", "says"), rows)
                 )
-    missing = grid.missing()
+    picture, missing = "", grid.missing()
+    grid.output.mkdir(parents=True, exist_ok=True)
     remarks = [
         *([grid.about] if grid.about else []),
         "The rate is the one with the best mean on held-out training rows; the test set is scored once a run. Mean ± standard "
         "deviation over seeds. The head trains in full in every method; it counts in the bytes, not in the parameters. On par: "
-        f"the whole interval within ± {MARGIN:g} points, a margin set before the runs. Steps are timed with other runs "
+        f"the whole interval within ± {MARGIN:g} points, a margin of our choice. Steps are timed with other runs "
         "beside them.",
         *_machine(results),
         f"{len(missing)} of {len(grid.cells)} runs are missing" + (f": `vera sweep {grid_file}`" if missing else "") + ".",
@@ -42,7 +43,8 @@ def make(name: str, grid_file: Path, folder: Path | None = None, place: Path | N
     ]
     if any(by_task.values()):
         _plot(by_task, grid, grid.output / "quality.png")
-        remarks.insert(0, "![quality over bytes](quality.png)")
+        picture = Path(os.path.relpath(grid.output / "quality.png", folder or grid.output)).as_posix()
+        remarks.insert(0, f"![quality over {grid.over}]({picture})")
     found = {
         "title": grid.title,
         "tasks": {
@@ -52,12 +54,10 @@ def make(name: str, grid_file: Path, folder: Path | None = None, place: Path | N
         "missing": len(missing),
     }
     text = page(grid.title, name, tables, remarks)
-    write(grid.output, name, found, text)
-    (grid.output / f"{name}.md").replace(grid.output / "README.md")
-    if folder is not None and folder != grid.output:
-        (folder / f"{name}.md").write_text(
-            text.replace("(quality.png)", f"(../{grid.output.name}/quality.png)").rstrip("\n") + "\n"
-        )
+    if folder is not None:
+        write(folder, name, found, text)
+    write(grid.output, "README", found, text.replace(f"({picture})", "(quality.png)") if picture else text)
+    (grid.output / "README.json").unlink()
     return found
 
 
@@ -106,8 +106,9 @@ def _plot(by_task: Mapping[str, list[Line]], grid: Grid, path: Path) -> None:
     for axis, (task, lines) in zip(axes[0], shown.items(), strict=True):
         for line in lines:
             scores = list(line.scores.values())
-            axis.errorbar(line.bytes, statistics.mean(scores), yerr=statistics.stdev(scores) if len(scores) > 1 else 0, fmt="o")
-            axis.annotate(line.name, (line.bytes, statistics.mean(scores)), textcoords="offset points", xytext=(5, 4), fontsize=8)
+            x = line.bytes if grid.over == "bytes" else max(line.parameters, 1)
+            axis.errorbar(x, statistics.mean(scores), yerr=statistics.stdev(scores) if len(scores) > 1 else 0, fmt="o")
+            axis.annotate(line.name, (x, statistics.mean(scores)), textcoords="offset points", xytext=(5, 4), fontsize=8)
         axis.set(
             xscale="log", xlabel="bytes stored for an adapter and its head", ylabel=f"{grid.metrics[task]} × 100", title=task
         )

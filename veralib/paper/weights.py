@@ -24,8 +24,8 @@ def load(path: Path) -> dict[str, Any]:
 def _where(found: Mapping[str, Any]) -> str:
     hardware = found["hardware"]
     return (
-        f"On {found['model']}, a model of six layers of 384, and {found['task']}, {found['epochs']:g} epochs, one seed: not the "
-        f"paper's RoBERTa-large. Run on {hardware.get('gpu') or hardware['processor']} by `{COMMAND}`."
+        f"On {found['model']} ({found['blocks']} blocks, hidden {found['hidden']}) and {found['task']}, {found['epochs']:g} "
+        f"epochs, one seed: not the paper's RoBERTa-large. Run on {hardware.get('gpu') or hardware['processor']} by `{COMMAND}`."
     )
 
 
@@ -39,11 +39,11 @@ def fig3(folder: Path, source: Path = FOUND) -> dict[str, Any]:
     series: dict[str, dict[int, float]] = {"query": {}, "value": {}}
     for layer, norm in found["d_norms"].items():
         series[layer.rsplit(".", 1)[-1]][_block(layer)] = norm
-    start = 0.1 * 64**0.5
+    start = 0.1 * found["rank"] ** 0.5
     _lines(series, folder / "fig3.png", "block", "‖d‖₂", start)
     blocks = sorted(series["query"])
     rows = [(str(b), f"{series['query'][b]:.3f}", f"{series['value'][b]:.3f}") for b in blocks]
-    remarks = ["![figure 3](fig3.png)", f"d starts at 0.1 · √64 = {start:.1f} (dashed).", _where(found)]
+    remarks = ["![figure 3](fig3.png)", f"d starts at 0.1 · √{found['rank']} = {start:.1f} (dashed).", _where(found)]
     text = page("Figure 3: how far d moves, by layer", "fig3", [("", ("block", "query ‖d‖₂", "value ‖d‖₂"), rows)], remarks)
     return write(folder, "fig3", {"norms": found["d_norms"], "start": start}, text)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from ..errors import ConfigError, unknown_name
 from ..training import Settings
+from ..training.settings import merge
 from . import glue, images, language
 from .rows import Fields, Protocol, Recipe, Source
 
@@ -35,10 +36,10 @@ def settings_of(name: str, method: str = "vera", protocol: Protocol = "published
         raise ConfigError(f"protocol is {protocol!r}, expected {' or '.join(PROTOCOLS)}")
     where, local = _data(recipe, changes.get("data"))
     common = dict(recipe.common)
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if recipe.processes > processes:
-        common["accumulation"] = recipe.processes // processes
-    row = recipe.methods.get(method, {})
+    row = dict(recipe.methods.get(method, {}))
+    if "accumulation" not in changes:
+        common["accumulation"] = _accumulation(recipe, {**common, **row, **changes})
+    row.pop("processes", None)
     given: dict[str, Any] = {"model": recipe.model, "method": method, "output": f"{name}-{method}", **where, **common, **row}
     if recipe.data.dev and common.get("evaluate_every") != "never":
         dev = recipe.data.dev[local]
@@ -48,7 +49,21 @@ def settings_of(name: str, method: str = "vera", protocol: Protocol = "published
         raise ConfigError(f'recipe "{name}" keeps its last weights and chooses nothing: there is no protocol to set')
     if "method" in changes and changes["method"] != method:
         raise ConfigError("give the method once")
-    return Settings(**{**given, **changes})
+    return Settings(**merge(given, changes))
+
+
+def _accumulation(recipe: Recipe, given: Fields) -> int:
+    """Batches a step that keep the published batch on the processes at hand; ConfigError where none does."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    published = int(given.get("processes", recipe.processes)) * int(recipe.common.get("accumulation", 1))
+    if published % processes:
+        batch = published * int(given["batch_size"])
+        raise ConfigError(
+            f'recipe "{recipe.name}" has batches of {batch}, which {processes} processes of {given["batch_size"]} can\'t make: '
+            "start "
+            f"{published} or fewer, a divisor of it, or set batch_size and accumulation yourself."
+        )
+    return published // processes
 
 
 def remarks(name: str, method: str, protocol: Protocol = "published") -> list[str]:
@@ -70,7 +85,7 @@ def remarks(name: str, method: str, protocol: Protocol = "published") -> list[st
 def _data(recipe: Recipe, given: Any) -> tuple[Fields, bool]:
     """The settings that read the data, and whether it is their local form."""
     if given is not None:
-        paths = (given,) if isinstance(given, (str, Path)) else tuple(given)
+        paths = str(given).split(",") if isinstance(given, (str, Path)) else tuple(given)
         local = all(Path(p).expanduser().exists() for p in paths)
         return {**(recipe.data.local if local else recipe.data.hub), "data": given}, local
     home = os.environ.get("VERALIB_DATA")

@@ -47,6 +47,7 @@ def _recipe(data: str, size: str) -> Recipe:
         methods=methods,
         notes=(
             "Batch size, warm-up and augmentation aren't printed: 32, none, none.",
+            *(("The hub's test split isn't the official one of 6,149 images.",) if data == "flowers102" else ()),
             *(
                 ("The paper's test set is all that isn't trained on; the hub's test split is smaller.",)
                 if data == "resisc45"

@@ -45,6 +45,8 @@ def measure(settings: Settings, by: By = "change", steps: int = 50) -> dict[str,
         raise ConfigError(f'a budget of ranks by layer is VeRA\'s, and the method is "{settings.method}"')
     if by not in ("change", "gradient"):
         raise ConfigError(f'by is "{by}", expected change or gradient')
+    if steps < 1:
+        raise ConfigError(f"steps is {steps}, expected 1 or more for the warm-up")
     from transformers import TrainerCallback
 
     scores: dict[str, float] = {}
@@ -60,14 +62,23 @@ def measure(settings: Settings, by: By = "change", steps: int = 50) -> dict[str,
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
             if by == "gradient":
                 for unit, d in self._vectors(model):
-                    scores[unit] = scores.get(unit, 0.0) + float((d.detach() * d.grad).abs().sum()) / steps
+                    moved = 0.0 if d.grad is None else float((d.detach() * d.grad).abs().sum())
+                    scores[unit] = scores.get(unit, 0.0) + moved / steps
 
         def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
             if by == "change":
                 scores.update({unit: float((d.detach() - self.start[unit]).norm()) for unit, d in self._vectors(model)})
 
     with tempfile.TemporaryDirectory() as scratch:
-        warm = {"evaluate_every": "never", "save_every": "never", "plot": False, "best": False, "patience": None, "resume": False}
+        warm = {
+            "evaluate_every": "never",
+            "save_every": "never",
+            "plot": False,
+            "best": False,
+            "patience": None,
+            "resume": False,
+            "test": None,
+        }
         training = {**settings.training, "max_steps": steps}
         train(settings.replace(**warm, training=training, output=str(Path(scratch) / "run")), callbacks=[Watch()])
     return scores

@@ -34,7 +34,8 @@ def plan(settings: Settings, labels: int = 2) -> Plan:
     """The plan of a run. ConfigError where the model's config can't be had, or the method can't adapt it.
 
     Activations are estimated as 34 bytes a token, block and hidden dimension at 16 bits, attention's scores left out
-    (Korthikanti et al. 2022, equation 2), and for language models twice the logits in float32.
+    (Korthikanti et al. 2022, equation 2), and for language models twice the logits in float32; 0 for models of convolutions.
+    Quantised are the linears, without the output embedding and the heads.
     """
     try:
         import torch
@@ -55,7 +56,8 @@ def plan(settings: Settings, labels: int = 2) -> Plan:
                 config.num_labels = 1 if settings.task == "regression" else labels
             model = auto.from_config(config)
             head = head_modules(model) if classifies or images else ()
-            linears = sum(m.weight.numel() for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n not in head)
+            kept = {id(model.get_output_embeddings()), *(id(m) for name in head for m in model.get_submodule(name).modules())}
+            linears = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear) and id(m) not in kept)
             base = sum(p.numel() for p in model.parameters())
             in_heads = sum(p.numel() for name in head for p in model.get_submodule(name).parameters())
             for name in head:  # no method adapts them
@@ -67,7 +69,7 @@ def plan(settings: Settings, labels: int = 2) -> Plan:
     of_linears = LINEAR_BYTES[settings.quantise] if settings.quantise else wide
     body = getattr(config, "text_config", config)
     tokens = settings.batch_size * (_patches(config) if images else settings.max_length)
-    blocks, hidden = body.num_hidden_layers, body.hidden_size
+    blocks, hidden = getattr(body, "num_hidden_layers", 0), getattr(body, "hidden_size", 0)
     logits = 0 if classifies or images else 2 * 4 * tokens * body.vocab_size
     return Plan(
         base_parameters=base - in_heads,
@@ -80,7 +82,9 @@ def plan(settings: Settings, labels: int = 2) -> Plan:
 
 
 def _patches(config: Any) -> int:
-    """Tokens of one image."""
-    size, patch = config.image_size, config.patch_size
+    """Tokens of one image; 0 where the model has no patches, and no estimate."""
+    size, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
+    if size is None or patch is None:
+        return 0
     pair = [n if isinstance(n, (list, tuple)) else (n, n) for n in (size, patch)]
     return 1 + prod(a // b for a, b in zip(*pair, strict=True))

@@ -238,11 +238,16 @@ def load_settings(path: str | Path, **overrides: Any) -> Settings:
         raise ConfigError(f"{path} is no YAML file: {e}") from e
     if not isinstance(values, Mapping):
         raise ConfigError(f"{path} holds a {type(values).__name__}, expected settings as `name: value` lines")
-    merged = {str(k).replace("-", "_"): v for k, v in values.items()}
+    return Settings(**merge({str(k).replace("-", "_"): v for k, v in values.items()}, overrides))
+
+
+def merge(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The values with the overrides, mappings among them (training, options) key by key."""
+    merged = dict(values)
     for name, value in overrides.items():
         both = isinstance(value, Mapping) and isinstance(merged.get(name), Mapping)
         merged[name] = {**merged[name], **value} if both else value
-    return Settings(**merged)
+    return merged
 
 
 def _fault(error: Mapping[str, Any]) -> str:

@@ -8,14 +8,18 @@
       LoRA r=1: {method: lora, rank: 1, sweep: {lr: [5e-4, 1.5e-3, 5e-3]}}
     seeds: [0, 1, 2]
     seeded: [seed, basis_seed]     # the settings that take the seed; these, if left out
+    against: [LoRA r=1]            # what `vera reproduce` compares the others with; LoRA r=1 and r=8, if left out
+    over: bytes                    # or parameters: what its plot shows quality over
     about: what a reader of the page must know
 
 Relative paths of models and data are looked for below VERALIB_DATA. A run that has its file isn't repeated.
 """
 
 import itertools
+import json
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -28,7 +32,7 @@ from .data import sha256_file
 from .folder import write_json
 from .settings import Settings
 
-KEYS = ("output", "title", "about", "common", "tasks", "methods", "seeds", "seeded")
+KEYS = ("output", "title", "about", "common", "tasks", "methods", "seeds", "seeded", "against", "over")
 SEEDED = ("seed", "basis_seed")
 LEFT_OUT = ("history", "output", "settings", "labels", "files", "resumed", "plot")
 
@@ -55,6 +59,28 @@ class Cell:
         name = "".join(c if c.isalnum() or c in ".=" else "-" for c in self.name.lower()).replace("=", "")
         return output / self.task / f"{name}-{self.rate}{self.value:g}-seed{self.seed}.json"
 
+    def done(self, output: Path) -> bool:
+        """Whether its result is there. ConfigError where it is of other settings: the grid has changed since."""
+        path = self.file(output)
+        if not path.exists():
+            return False
+        there, here = json.loads(path.read_text(encoding="utf-8"))["settings"], json.loads(json.dumps(self.settings))
+        plain = {key: _plain(value) for key, value in there.items()}, {key: _plain(value) for key, value in here.items()}
+        if plain[0] != plain[1]:
+            keys = sorted(k for k in {*plain[0], *plain[1]} if plain[0].get(k) != plain[1].get(k))
+            raise ConfigError(
+                f"{path} is of other settings than the grid has now ({', '.join(keys)}): move it away, or give the grid another "
+                "output."
+            )
+        return True
+
+
+def _plain(value: Any) -> Any:
+    """A setting in one of its spellings: "a,b" is [a, b], and 3 is 3.0."""
+    if isinstance(value, str) and "," in value:
+        return [v.strip() for v in value.split(",")]
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -65,6 +91,8 @@ class Grid:
     about: str
     cells: tuple[Cell, ...]
     metrics: Mapping[str, str]
+    against: tuple[str, ...] = ("LoRA r=1", "LoRA r=8")
+    over: str = "bytes"
 
     def missing(self, only: str = "", shard: tuple[int, int] = (1, 1)) -> list[Cell]:
         """The runs without a result file, seed by seed, so that an unfinished grid has every method and rate.
@@ -77,7 +105,7 @@ class Grid:
             there = ", ".join(dict.fromkeys(f"{c.task}/{c.name}" for c in self.cells))
             raise ConfigError(f'no run of this grid is called "{only}". There: {there}.')
         part = sorted(chosen, key=lambda c: c.seed)[shard[0] - 1 :: shard[1]]
-        return [c for c in part if not c.file(self.output).exists()]
+        return [c for c in part if not c.done(self.output)]
 
 
 def read_grid(path: str | Path, output: str | Path | None = None) -> Grid:
@@ -92,29 +120,63 @@ def read_grid(path: str | Path, output: str | Path | None = None) -> Grid:
         raise ConfigError(f"{path} holds a {type(raw).__name__}, expected a grid: {', '.join(KEYS)}")
     faults = [unknown_text("key of a grid", k, KEYS) for k in raw if k not in KEYS]
     faults += [f"{k} is missing or empty" for k in ("methods",) if not raw.get(k)]
+    faults += _shapes(raw)
     if not faults:
-        common, tasks = raw.get("common") or {}, raw.get("tasks") or {"": {}}
+        common, tasks = raw.get("common") or {}, raw.get("tasks") or {"task": {}}
         cells = list(_cells(common, tasks, raw["methods"], raw.get("seeds") or [0], tuple(raw.get("seeded") or SEEDED), faults))
         checked = {task: _check(c, faults) for task, c in {c.task: c for c in cells}.items()}
-        for cell in {(c.task, c.name): c for c in cells}.values():
+        for cell in {(c.task, c.name, c.value): c for c in cells}.values():
             _check(cell, faults)
+        faults += [
+            f"{path.name} would be the file of several runs: name the methods apart" for path, n in _counted(cells) if n > 1
+        ]
     if faults:
         raise ConfigError("\n  ".join([f"the grid {path}:", *dict.fromkeys(faults)]))
     place = Path(output or raw.get("output") or Path(path).stem)
     metrics = {t: s.resolved_metric for t, s in checked.items() if s}
-    return Grid(place, raw.get("title") or Path(path).stem, raw.get("about") or "", tuple(cells), metrics)
+    more: dict[str, Any] = {k: tuple(raw[k]) if k == "against" else raw[k] for k in ("against", "over") if raw.get(k)}
+    return Grid(place, raw.get("title") or Path(path).stem, raw.get("about") or "", tuple(cells), metrics, **more)
+
+
+def _shapes(raw: Mapping[str, Any]) -> Iterator[str]:
+    """What isn't the kind of thing that its key holds."""
+    for key in ("common", "tasks", "methods"):
+        if raw.get(key) is not None and not isinstance(raw[key], dict):
+            yield f"{key} is a {type(raw[key]).__name__}, expected `name: value` lines"
+    for key in ("tasks", "methods"):
+        for name, fields in (raw[key] if isinstance(raw.get(key), dict) else {}).items():
+            if not isinstance(fields, dict):
+                yield f"{key}: {name} is {fields!r}, expected its settings, {{}} for none"
+    for key, kind in (("seeds", int), ("seeded", str), ("against", str)):
+        values = raw.get(key)
+        if values is not None and not (isinstance(values, list) and values and all(type(v) is kind for v in values)):
+            yield f"{key} is {values!r}, expected a list of {'whole numbers' if kind is int else 'names'}"
+    if raw.get("over", "bytes") not in ("bytes", "parameters"):
+        yield f"over is {raw['over']!r}, expected bytes or parameters"
+
+
+def _counted(cells: Sequence[Cell]) -> Iterator[tuple[Path, int]]:
+    yield from Counter(c.file(Path()) for c in cells).items()
 
 
 def _cells(common: Any, tasks: Any, methods: Any, seeds: Any, seeded: tuple[str, ...], faults: list[str]) -> Iterator[Cell]:
     for (task, of_task), (name, of_method), seed in itertools.product(tasks.items(), methods.items(), seeds):
         fields = {**common, **of_task, **of_method}
         swept = fields.pop("sweep", None) or {"lr": [fields.pop("lr", None)]}
-        if not isinstance(swept, dict) or len(swept) != 1 or None in next(iter(swept.values())):
+        values: Any = next(iter(swept.values()), None) if isinstance(swept, dict) and len(swept) == 1 else None
+        if not isinstance(values, list) or not values or not all(_is_number(v) for v in values):
             faults.append(f"{name}: sweep is {swept!r}, expected one setting with its values, such as {{lr: [1e-3, 1e-2]}}")
             continue
-        [(rate, values)] = swept.items()
+        [rate] = swept
         for value in values:
             yield Cell(str(task), str(name), fields, rate, float(value), int(seed), seeded)
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        return not isinstance(value, bool) and float(value) == float(value)
+    except (TypeError, ValueError):
+        return False
 
 
 def settings_of(cell: Cell, output: str | Path) -> Settings:
@@ -155,30 +217,42 @@ def run_grid(
         return failed
     # Spawned, not forked: CUDA can't live on in a forked process.
     context = get_context("spawn")
-    numbers = context.Queue()
+    numbers, gpus = context.Queue(), _gpus()
     for number in range(jobs):
-        numbers.put(number)
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_share, initargs=(numbers, jobs)) as pool:
+        numbers.put(gpus[number % len(gpus)] if gpus else None)
+    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_share, initargs=(numbers, jobs))
+    try:
         waiting = {pool.submit(run_cell, cell, grid.output): cell for cell in missing}
         for number, done in enumerate(as_completed(waiting), 1):
             cell = waiting[done]
             what = f"{cell.task} {cell.name} {cell.rate}={cell.value:g} seed {cell.seed}"
             try:
                 log(f"{number}/{len(missing)} {what}: {done.result()}")
-            except VeraError as e:
-                failed.append(f"{what}: {e}")
-                log(f"{number}/{len(missing)} {what} failed: {e}")
+            except Exception as e:  # out of memory, a full disk, a model that can't be read: that run's own
+                said = str(e) if isinstance(e, VeraError) else f"{type(e).__name__}: {e}"
+                failed.append(f"{what}: {said}")
+                log(f"{number}/{len(missing)} {what} failed: {said}")
+    finally:
+        pool.shutdown(cancel_futures=True)
     return failed
 
 
-def _share(numbers: Any, jobs: int) -> None:
-    """A worker's share of the machine: one GPU in turn, or its part of the cores."""
-    number = numbers.get()
+def _gpus() -> list[str]:
+    """The GPUs that this process may use, by the names that CUDA_VISIBLE_DEVICES takes."""
     import torch
 
-    if torch.cuda.is_available():
-        torch.cuda.set_device(number % torch.cuda.device_count())
-    else:
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return given.split(",") if given else [str(i) for i in range(torch.cuda.device_count())]
+
+
+def _share(numbers: Any, jobs: int) -> None:
+    """A worker's share of the machine: one GPU, the only one that it and the Trainer see, or its part of the cores."""
+    gpu = numbers.get()
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+    import torch
+
+    if gpu is None:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
 
 
@@ -205,8 +279,6 @@ def run_cell(cell: Cell, output: Path) -> str:
 
 def load_results(output: str | Path, names: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Every result file below a grid's output folder, in the order of `names`, then by rate and seed."""
-    import json
-
     found = [json.loads(p.read_text(encoding="utf-8")) for p in sorted(Path(output).glob("*/*.json"))]
     place = {name: i for i, name in enumerate(names)}
     return sorted(found, key=lambda r: (r["task"], place.get(r["name"], len(place)), r["value"], r["seed"]))
