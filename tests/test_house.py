@@ -28,6 +28,7 @@ ORDER = [
     {"store"},
     {"baselines"},
     {"training"},
+    {"evaluation"},
     {"fleet"},
     {"recipes"},
     {"demo", "paper"},
