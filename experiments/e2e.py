@@ -139,8 +139,6 @@ def at_edge(result: dict[str, Any]) -> bool:
 
 def render(results: Sequence[dict[str, Any]]) -> str:
     """The Markdown page of these results."""
-    from .cola import table
-
     metrics = list(dict.fromkeys(name for r in results for name in r["scores"]))
     head = ["method", "trained parameters", "adapter bytes", "learning rate", "validation loss", *metrics]
     rows = [
@@ -182,6 +180,11 @@ def render(results: Sequence[dict[str, Any]]) -> str:
     where = hardware.get("gpu") or f"{hardware['processor']}, {hardware['threads']} threads"
     lines += [f"Run on {where}; {', '.join(f'{k} {v}' for k, v in first['versions'].items())}.", ""]
     return "\n".join(lines)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A Markdown table."""
+    return [f"| {' | '.join(head)} |", "|" + "---|" * len(head), *(f"| {' | '.join(r)} |" for r in rows)]
 
 
 if __name__ == "__main__":
