@@ -141,7 +141,7 @@ def render(found: dict[str, Any]) -> str:
         [
             *lines,
             "",
-            f"Weights in memory: {sizes} (embeddings stay as they are; the 4-bit scales, 0.016 bytes a weight, aside). One rate a method: this compares bases, not methods.",
+            f"Weights in memory: {sizes} (embeddings stay as they are; the 4-bit scales aside). One rate a method.",
             "",
         ]
     )

@@ -16,7 +16,7 @@ from veralib.cli import build
 
 typer_testing = pytest.importorskip("typer.testing")
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("train", "predict", "merge", "convert", "inspect", "params", "demo")
+COMMANDS = ("train", "predict", "evaluate", "merge", "convert", "inspect", "params", "demo")
 
 
 def vera(*arguments, code=0):
@@ -170,6 +170,37 @@ def test_params_counts_without_weights(work, tmp_path):
     assert "14 adapted layers" in counted and "model.layers.1.mlp.down_proj" in counted.replace(" ", "")
 
 
+def test_evaluate_prints_scores_and_writes_the_texts(work, tmp_path, monkeypatch):
+    for package in ("sacrebleu", "nltk", "pycocoevalcap.cider"):
+        pytest.importorskip(package)
+    from veralib.evaluation import meteor
+
+    monkeypatch.setattr(meteor.shutil, "which", lambda name: None)
+    rows = [{"prompt": "the cat", "completion": c} for c in (" sees a dog", " eats the blue fish")]
+    file = tiny.write_jsonl(tmp_path / "test.jsonl", rows)
+    flags = (
+        "--task",
+        "prompt-completion",
+        "--epochs",
+        1,
+        "--rank",
+        4,
+        "--no-plot",
+        "--set",
+        "training.label_smoothing_factor=0.1",
+    )
+    vera("train", "--model", work / "llama", "--data", file, "--output", tmp_path / "run", *flags)
+    out = vera(
+        "evaluate", tmp_path / "run", "--data", tmp_path, "--beams", 2, "--max-new-tokens", 5, "--output", tmp_path / "r.json"
+    )
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert all(f"{name} {value:.2f}" in plain(out) for name, value in result["scores"].items()) and len(result["scores"]) == 5
+    assert result["decoding"]["beams"] == 2 and result["decoding"]["no_repeat"] == 4 and result["references"] == 2
+    assert json.loads((tmp_path / "r.jsonl").read_text())["references"] == ["sees a dog", "eats the blue fish"]
+    refused = plain(vera("evaluate", tmp_path / "run", "--data", file, "--beams", 0, code=1))
+    assert "beams is 0, expected 1 or more" in refused
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help_with_an_example(command):
     assert f"vera {command}" in plain(vera(command, "--help"))
@@ -197,6 +228,7 @@ def test_help_lists_every_command_and_every_setting():
         (("train", "--model", "m", "--data", "d.csv", "--method", "lra"), 'Did you mean "lora"?'),
         (("inspect", "absent.safetensors"), "absent"),
         (("predict", "absent", "rows.csv"), "absent"),
+        (("evaluate", "absent", "--data", "e2e.zip", "--output", "x.csv"), "expected a .json file"),
         (("params", "--model", "./absent"), "there is no model folder"),
         (("params", "--model", "roberta-base", "--lora-ranks", "x"), "expected whole numbers"),
     ],

@@ -28,7 +28,7 @@ ORDER = [
     {"store"},
     {"baselines"},
     {"training"},
-    {"chat_eval"},
+    {"chat_eval", "evaluation"},
     {"fleet"},
     {"recipes"},
     {"demo", "paper"},

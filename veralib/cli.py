@@ -30,6 +30,7 @@ def build():
     from .commands.adapters import convert, inspect, merge
     from .commands.budget import make_budget
     from .commands.demo import demo
+    from .commands.evaluate import evaluate
     from .commands.params import params
     from .commands.predict import predict
     from .commands.recipes import recipes
@@ -46,7 +47,8 @@ def build():
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
-    for command in (make_train(), predict, merge, convert, inspect, params, sweep, make_budget(), recipes, reproduce, demo):
+    commands = (make_train(), predict, evaluate, merge, convert, inspect, params, sweep, make_budget(), recipes, reproduce, demo)
+    for command in commands:
         app.command()(fails_clearly(command))
 
     app.add_typer(fleet.build(), name="fleet")

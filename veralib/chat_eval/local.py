@@ -26,8 +26,8 @@ class LocalModel:
 
         import torch
 
+        from ..training.decoding import pad_left
         from ..training.loading import quiet_transformers
-        from ..training.predict import left_collator
         from ..training.tokens import render
 
         room = min(sampling.max_new_tokens, max(self.longest // 2, 1))
@@ -38,7 +38,7 @@ class LocalModel:
             many = f"{cut} of {len(talks)} conversations"
             warnings.warn(f"{many} leave no room in the model's {self.longest} tokens; their end was kept", VeraWarning)
         pad = self.tokenizer.pad_token_id or 0
-        inputs = {k: v.to(self.model.device) for k, v in left_collator(pad)([{"input_ids": p} for p in prompts]).items()}
+        inputs = {k: v.to(self.model.device) for k, v in pad_left(prompts, pad).items()}
         width = inputs["input_ids"].shape[1]
         draws = {"do_sample": True, "temperature": temperature} if temperature >= 1e-4 else {"do_sample": False}
         stops = {"stopping_criteria": [_Stops(self.tokenizer, sampling.stop, width)]} if sampling.stop else {}

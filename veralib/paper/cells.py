@@ -23,16 +23,22 @@ def command(table: Printed, row: Row, recipe: str, seed: int = 0) -> str:
     flags = f"{row.flags} " if row.flags else ""
     protocol = table.protocol if recipe.startswith("glue") else ""
     place = RUNS / recipe / f"{slug(row)}-seed{seed}"
-    return f"vera train {recipe} --method {row.method} {protocol}{flags}--seed {seed} --output {place}"
+    train = f"vera train {recipe} --method {row.method} {protocol}{flags}--seed {seed} --output {place}"
+    return (
+        f"{train} && vera evaluate {place} --data e2e-dataset.zip --output {place}/scores.json"
+        if recipe.startswith("e2e")
+        else train
+    )
 
 
 def scores(row: Row, recipe: str, key: str, runs: Path) -> list[float]:
-    """The scores of a cell's finished runs, one for each seed. A score that other commands write lies beside, in scores.json."""
+    """The scores of a cell's finished runs, one for each seed; those of `vera evaluate` lie beside, in scores.json."""
     found = []
     for folder in sorted((runs / recipe).glob(f"{slug(row)}-seed*")):
         for name in ("result.json", "scores.json"):
             path = folder / name
-            metrics = json.loads(path.read_text(encoding="utf-8")).get("metrics", {}) if path.exists() else {}
+            read = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+            metrics = read.get("metrics") or read.get("scores") or {}
             if key in metrics:
                 found.append(float(metrics[key]))
                 break

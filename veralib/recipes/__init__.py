@@ -89,6 +89,6 @@ def _data(recipe: Recipe, given: Any) -> tuple[Fields, bool]:
         local = all(Path(p).expanduser().exists() for p in paths)
         return {**(recipe.data.local if local else recipe.data.hub), "data": given}, local
     home = os.environ.get("VERALIB_DATA")
-    if home and recipe.data.folder and (folder := Path(home) / recipe.data.folder).is_dir():
+    if home and recipe.data.folder and (folder := Path(home) / recipe.data.folder).exists():
         return {**recipe.data.local, "data": str(folder)}, True
     return recipe.data.hub, False

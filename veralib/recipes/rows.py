@@ -10,11 +10,11 @@ Fields = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Source:
-    """Where a recipe's data are. hub, local: the settings that read each form; a local folder holds the original files."""
+    """Where a recipe's data are. hub, local: the settings that read each form; the local form is the original files."""
 
     hub: Fields
     folder: str | None = None
-    """Below VERALIB_DATA."""
+    """A folder or file below VERALIB_DATA."""
     local: Fields = field(default_factory=dict)
     dev: tuple[str, str] | None = None
     """The development split's name in the hub's form and in the local one; None: there is no protocol to choose."""

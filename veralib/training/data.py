@@ -16,6 +16,7 @@ from typing import IO, Any
 
 from ..errors import DataError, nearest, need
 from .chats import chat_columns
+from .e2e import release_splits
 from .sampling import draw_shots, split_off
 from .settings import WITH_HEAD, Settings
 
@@ -38,7 +39,7 @@ class Data:
 
 def load_data(settings: Settings) -> Data:
     """The rows that a run's settings name, checked: columns are there, nothing is empty, validation has no unseen labels."""
-    find = _image_splits(settings) or _local_splits(settings) or _hub_splits(settings)
+    find = _image_splits(settings) or release_splits(settings) or _local_splits(settings) or _hub_splits(settings)
     train, hashes = find("train")
     hashes = {f"train/{k}": v for k, v in hashes.items()}
     held: dict[str, Sequence[Row] | None] = {"validation": None, "test": None}

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import AdapterFileError, ConfigError, DataError
 from .chats import chat_columns, conversations
 from .data import Row, column_values, read_rows
+from .decoding import Decoding, write
 from .settings import WITH_HEAD, Settings
 
 if TYPE_CHECKING:
@@ -33,14 +34,16 @@ def predict(
     adapter_column: str | None = None,
     batch_size: int = 32,
     max_new_tokens: int = 64,
+    decoding: Decoding | None = None,
     **changes: Any,
 ) -> Iterator[dict[str, Any]]:
     """Each row of `data` with a prediction: the label and its probability (score), a number, or generated text.
 
     adapter: a run's folder, an adapter file, a PEFT folder, or a hub id. data: a file, or rows; for images a folder of images
     too, and the image column holds paths, seen from the data file's folder. adapter_column: a column that names an adapter for
-    each row, a path seen likewise or from the present folder; empty: the base model (which has no trained head). changes:
-    settings that differ from the run's, model and text for two.
+    each row, a path seen likewise or from the present folder; empty: the base model (which has no trained head). decoding: how
+    text is generated; left out: greedily, max_new_tokens at most. changes: settings that differ from the run's, model and text
+    for two.
     Errors: DataError, ConfigError, AdapterFileError, AdapterMismatch; all of them before the first row comes.
     """
     source = find_source(adapter, changes)
@@ -56,7 +59,8 @@ def predict(
     for column in columns:
         column_values(rows, column, "the data")
     examples, collate = _examples(source.settings, rows, columns, base, folder)
-    return _predict(source, rows, model, base.tokenizer, examples, collate, choose, batch_size, max_new_tokens)
+    decoding = decoding or Decoding(max_new_tokens)
+    return _predict(source, rows, model, base.tokenizer, examples, collate, choose, batch_size, decoding)
 
 
 def _read(data: str | Path | Sequence[Row], settings: Settings) -> tuple[list[Row], Path]:
@@ -77,7 +81,7 @@ def _read(data: str | Path | Sequence[Row], settings: Settings) -> tuple[list[Ro
 
 
 def _examples(settings: Settings, rows: Sequence[Row], columns: Sequence[str], base: "Base", folder: Path) -> tuple[Any, Any]:
-    """(one example a row, the function that makes a batch of some)."""
+    """(one example a row, the function that makes a batch of some); of text to write, (each prompt's tokens, None)."""
     if settings.task == "images":
         from .images import file_picture
         from .pixels import Pixels, collate, preparation
@@ -91,8 +95,7 @@ def _examples(settings: Settings, rows: Sequence[Row], columns: Sequence[str], b
     pad_id = base.tokenizer.pad_token_id or 0
     if settings.task in WITH_HEAD:
         return tokens.inputs(rows, base.tokenizer, columns, base.max_length, "the data"), tokens.collator(pad_id)
-    examples = [{"input_ids": ids} for ids in _prompts(rows, base.tokenizer, settings, base.max_length)]
-    return examples, left_collator(pad_id)
+    return _prompts(rows, base.tokenizer, settings, base.max_length), None
 
 
 def find_source(adapter: str | Path, changes: Mapping[str, Any] | None = None) -> Source:
@@ -207,23 +210,20 @@ def _resolve(name: str, folder: Path) -> str:
     return str(found or name)
 
 
-def _predict(source, rows, model, tokenizer, examples, collate, choose, batch_size, max_new_tokens) -> Iterator[dict[str, Any]]:
+def _predict(source, rows, model, tokenizer, examples, collate, choose, batch_size, decoding) -> Iterator[dict[str, Any]]:
     import torch
 
     device = next(model.parameters()).device
     model.eval()
     for start in range(0, len(rows), batch_size):
         positions = range(start, min(start + batch_size, len(rows)))
-        batch = {k: v.to(device) for k, v in collate([examples[i] for i in positions]).items()}
+        chosen = [examples[i] for i in positions]
         with torch.inference_mode(), choose(positions):
             if source.settings.task in WITH_HEAD:
+                batch = {k: v.to(device) for k, v in collate(chosen).items()}
                 answers = _classes(model(**batch).logits.float(), source)
             else:
-                made = model.generate(
-                    **batch, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
-                )
-                texts = tokenizer.batch_decode(made[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-                answers = [{"prediction": text} for text in texts]
+                answers = [{"prediction": text} for text in write(model, tokenizer, chosen, decoding)]
         for i, answer in zip(positions, answers, strict=True):
             yield {**rows[i], **answer}
 
@@ -246,18 +246,3 @@ def _prompts(rows: Sequence[Row], tokenizer: Any, settings: Settings, max_length
         asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
         prompts.append(render(tokenizer, asked, f"row {number} of the data", add_generation_prompt=True)[-max_length:])
     return prompts
-
-
-def left_collator(pad_id: int):
-    """A function that pads prompts on the left, where generate wants it."""
-    import torch
-
-    def collate(examples: Sequence[Mapping[str, list[int]]]) -> dict[str, Any]:
-        width = max(len(e["input_ids"]) for e in examples)
-        gaps = [width - len(e["input_ids"]) for e in examples]
-        return {
-            "input_ids": torch.tensor([[pad_id] * gap + e["input_ids"] for gap, e in zip(gaps, examples, strict=True)]),
-            "attention_mask": torch.tensor([[0] * gap + [1] * (width - gap) for gap in gaps]),
-        }
-
-    return collate

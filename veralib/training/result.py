@@ -69,10 +69,10 @@ def load_result(folder: str | Path) -> Result:
         raise DataError(f"{path} holds no finished run's result: {e}") from e
 
 
-def versions() -> dict[str, str]:
-    """Python's version and those of the packages that a run stands on, as far as they are installed."""
+def versions(more: Sequence[str] = ()) -> dict[str, str]:
+    """Python's version and those of the packages that a run stands on, and of `more`, as far as they are installed."""
     found = {"python": platform.python_version()}
-    for name in PACKAGES:
+    for name in (*PACKAGES, *more):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
