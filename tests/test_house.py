@@ -124,3 +124,14 @@ def test_readmes_file_map_names_every_module():
         if path.name.startswith("_") or path.suffix not in ("", ".py"):
             continue
         assert re.search(rf"\b{re.escape(path.name)}", readme), f"README's file map lacks {path.name}"
+
+
+def test_links_between_the_pages_lead_somewhere():
+    checked, broken = 0, []
+    for page in [*ROOT.parent.glob("*.md"), *ROOT.parent.glob("docs/*.md"), *ROOT.parent.glob("results/**/*.md")]:
+        for link in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
+            if not link.startswith(("http://", "https://", "mailto:")):
+                checked += 1
+                if not (page.parent / link).exists():
+                    broken.append(f"{page.relative_to(ROOT.parent)}: {link}")
+    assert checked > 60 and not broken
