@@ -9,7 +9,7 @@ import copy
 import functools
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 from ..fleet.measure import scores
 from .comparison import Comparison, Recipe
 from .model import find_language_model
-from .owners import OWNERS, Texts, load_texts
+from .owners import OWNERS, load_texts
 from .rivals import one_after_another
 
 FILE = Path(__file__).parents[2] / "results" / "demo" / "fleet-tuning.json"
@@ -35,10 +35,26 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(place)
     tokenizer.model_max_length = 10**9  # texts are cut later
     base = AutoModelForCausalLM.from_pretrained(place, dtype="float32").eval()
-    make = lambda recipe: _comparison(base, tokenizer, texts, recipe)  # noqa: E731
+    recipe, trials = tune(base, tokenizer, texts.train, texts.held_out)
+    result = {"model": place.name, "data": texts.hash, "owners": list(texts.train), "trials": trials, "recipe": recipe.__dict__}
+    FILE.write_text(json.dumps(result, indent=1) + "\n")
+    print(recipe)
+
+
+def tune(
+    base: Any,
+    tokenizer: Any,
+    train: Mapping[str, Sequence[str]],
+    held_out: Mapping[str, Sequence[str]],
+    vera: Sequence[float] = VERA,
+    lora: Sequence[float] = LORA,
+    timed: int = TUNED_ON,
+) -> tuple[Recipe, dict[str, list[dict[str, float]]]]:
+    """(the recipe with the rates of the best mean held-out loss over these owners, every trial). timed: owners of LoRA's."""
+    make = lambda recipe: _comparison(base, tokenizer, train, held_out, recipe)  # noqa: E731
     recipe, trials = Recipe(), {}
 
-    def best(name: str, rates: tuple[float, ...], run: Callable[[float], float]) -> float:
+    def best(name: str, rates: Sequence[float], run: Callable[[float], float]) -> float:
         found = []
         for rate in rates:
             found.append({"lr": rate, "loss": round(run(rate), 4)})
@@ -56,8 +72,8 @@ def main() -> None:
         c.train_own(from_shared=False)
         return _loss(c, "own")
 
-    recipe = replace(recipe, shared_lr=best("shared", VERA, shared))
-    recipe = replace(recipe, lr=best("own", VERA, own))
+    recipe = replace(recipe, shared_lr=best("shared", vera, shared))
+    recipe = replace(recipe, lr=best("own", vera, own))
     start = make(recipe)
     start.train_shared()
 
@@ -67,22 +83,19 @@ def main() -> None:
         c.train_own(from_shared=True)
         return _loss(c, "own_from_shared")
 
-    recipe = replace(recipe, further_lr=best("own, from the shared start", VERA, further))
+    recipe = replace(recipe, further_lr=best("own, from the shared start", vera, further))
 
-    def lora(rank: int, rate: float) -> float:
+    def rival(rank: int, rate: float) -> float:
         tried = replace(recipe, lora_lr={rank: rate})
-        found = one_after_another(base, rank, start.train, start.held_out, tried, start.collate, TUNED_ON)
+        found = one_after_another(base, rank, start.train, start.held_out, tried, start.collate, timed)
         return statistics.mean(found["losses"].values())
 
-    rates = {rank: best(f"PEFT LoRA r={rank}", LORA, functools.partial(lora, rank)) for rank in recipe.lora_lr}
-    recipe = replace(recipe, lora_lr=rates)
-    result = {"model": place.name, "data": texts.hash, "owners": list(texts.train), "trials": trials, "recipe": recipe.__dict__}
-    FILE.write_text(json.dumps(result, indent=1) + "\n")
-    print(recipe)
+    rates = {rank: best(f"PEFT LoRA r={rank}", lora, functools.partial(rival, rank)) for rank in recipe.lora_lr}
+    return replace(recipe, lora_lr=rates), trials
 
 
-def _comparison(base: Any, tokenizer: Any, texts: Texts, recipe: Recipe) -> Comparison:
-    return Comparison(copy.deepcopy(base), tokenizer, texts.train, texts.held_out, recipe, lambda *what: None)
+def _comparison(base: Any, tokenizer: Any, train: Any, held_out: Any, recipe: Recipe) -> Comparison:
+    return Comparison(copy.deepcopy(base), tokenizer, train, held_out, recipe, lambda *what: None)
 
 
 def _loss(comparison: Comparison, key: str) -> float:
