@@ -274,12 +274,12 @@ def contest_in_place(model: nn.Module, shape: str, method: Any, rank: int) -> An
     return peft.get_peft_model(model, config)
 
 
+# With the allocator as a user's own process has it.
 PROCESS = """
 import sys, torch
 torch.set_num_threads(int(sys.argv[1]))
 from pathlib import Path
-from benchmarks import fleet, measure
-measure.keep_memory()
+from benchmarks import fleet
 fleet.run_peft(sys.argv[2], "lora", 8, int(sys.argv[3]), 1, int(sys.argv[4]), Path(sys.argv[5]))
 """
 
