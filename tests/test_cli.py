@@ -196,7 +196,7 @@ def test_evaluate_prints_scores_and_writes_the_texts(work, tmp_path, monkeypatch
     result = json.loads((tmp_path / "r.json").read_text())
     assert all(f"{name} {value:.2f}" in plain(out) for name, value in result["scores"].items()) and len(result["scores"]) == 5
     assert result["decoding"]["beams"] == 2 and result["decoding"]["no_repeat"] == 4 and result["references"] == 2
-    assert json.loads((tmp_path / "r.jsonl").read_text())["references"] == ["sees a dog", "eats the blue fish"]
+    assert json.loads((tmp_path / "r.texts.jsonl").read_text())["references"] == ["sees a dog", "eats the blue fish"]
     refused = plain(vera("evaluate", tmp_path / "run", "--data", file, "--beams", 0, code=1))
     assert "beams is 0, expected 1 or more" in refused
 

@@ -74,7 +74,7 @@ def test_the_result_file_says_everything_and_the_texts_lie_beside_it(work, tmp_p
     found = evaluate(work / "run", work / "test.jsonl", decoding=QUICK)
     texts = found.save(tmp_path / "new" / "result.json")
     result = json.loads((tmp_path / "new" / "result.json").read_text())
-    assert result["scores"] == found.scores and result["texts"] == 3 and result["outputs"] == texts.name == "result.jsonl"
+    assert result["scores"] == found.scores and result["texts"] == 3 and result["outputs"] == texts.name == "result.texts.jsonl"
     assert result["decoding"] == {"max_new_tokens": 6, "beams": 3, "length_penalty": 0.8, "no_repeat": 4}
     assert {"versions", "hardware", "commit", "data", "settings", "method", "seconds"} <= result.keys()
     assert [json.loads(line) for line in texts.read_text().splitlines()] == list(found.texts)

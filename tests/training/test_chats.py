@@ -190,3 +190,10 @@ def test_real_alpaca_rows_train_on_their_outputs_alone(data):
     assert len(examples) == len(rows) > 500
     for row, example in zip(rows, examples, strict=True):
         assert counted(tokenizer, example) == row["output"].strip() + tokenizer.eos_token
+
+
+def test_alpaca_rows_may_lack_an_input_in_the_first_row_alone():
+    rows = [{"instruction": "Say a.", "output": "a"}, {"instruction": "Say", "input": "the letter b", "output": "b"}]
+    for text in ((), ("instruction", "input", "output")):
+        found = conversations(rows, text, "the data")
+        assert "the letter b" in found[1][0]["content"] and found[0][0]["content"] == "Say a."

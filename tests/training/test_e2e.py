@@ -124,3 +124,12 @@ def test_a_run_trains_on_the_release_as_it_is(release, tmp_path):
     assert list(data.validation) == read_e2e(release, "validation") and len(data.hashes) == 3
     with pytest.raises(DataError, match='no split "tset"'):
         load_data(settings.replace(test="tset"))
+
+
+def test_the_release_takes_files_beside_it_and_may_lack_validation(release, tmp_path):
+    own = tmp_path / "own.jsonl"
+    own.write_text(json.dumps({"prompt": "name : X||", "completion": " X."}) + "\n")
+    settings = Settings(model="m", data=release, task="prompt-completion", validation=own)
+    assert list(load_data(settings).validation) == [{"prompt": "name : X||", "completion": " X."}]
+    (release / FILES["validation"]).unlink()
+    assert load_data(settings.replace(validation=None)).validation is None

@@ -30,6 +30,7 @@ def merge(
     from .. import attach
     from ..training.loading import load_base, quiet_transformers
     from ..training.predict import find_source, read_adapter
+    from ..training.tokens import chat_template
 
     folder = Path(output)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -40,6 +41,8 @@ def merge(
         raise ConfigError(f"{adapter} was trained with {source.settings.method}; vera merge merges VeRA adapters")
     torch.manual_seed(0)
     base = load_base(source.settings, source.labels)
+    if base.tokenizer is not None and source.settings.chat_template:
+        chat_template(source.settings, base.tokenizer)  # saved with the tokenizer: the merged model is prompted as it was trained
     vera = attach(base.model)
     vera.load(read_adapter(source.path), name="adapter")
     report = vera.merge("adapter", keep=None)

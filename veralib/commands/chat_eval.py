@@ -41,6 +41,7 @@ def answer(
 
         vera chat-eval answer --endpoint http://localhost:8000/v1 --api-model llama --questions q.jsonl --output llama.jsonl
     """
+    _jsonl(output)
     from ..chat_eval import answer_locally, answer_over_http, read_questions
     from ..chat_eval.answers import Sampling
 
@@ -57,7 +58,8 @@ def answer(
         from ..chat_eval.local import load_local
 
         local, about = load_local(model, adapter, chat_template=chat_template, dtype=dtype, quantise=quantise, revision=revision)
-        name = name or Path(adapter or str(model)).stem
+        path = Path(adapter or str(model))  # a dot in a name is part of it: Qwen2.5-0.5B
+        name = name or (path.parent.name if path.name == "adapter_model.safetensors" else path.name.removesuffix(".safetensors"))
         count = answer_locally(
             asked, local, output, name=name, about=about, sampling=sampling, batch_size=batch_size, progress=_say
         )
@@ -96,6 +98,7 @@ def judge(
 
         vera chat-eval judge vera.jsonl --questions q.jsonl --references answers --judge gpt-4-0613 --output reviews.jsonl
     """
+    _jsonl(output)
     from ..chat_eval import judge as run_judge
     from ..chat_eval import plan, read_answers, read_questions
     from ..chat_eval.cost import money
@@ -211,3 +214,9 @@ def build() -> Any:
     for command in (answer, judge, show):
         app.command()(fails_clearly(command))
     return app
+
+
+def _jsonl(output: str) -> None:
+    """ConfigError where the next command couldn't read the output."""
+    if Path(output).suffix != ".jsonl":
+        raise ConfigError(f"output is {output}, expected a .jsonl file")

@@ -11,7 +11,7 @@ def evaluate(
         ...,
         help="A file with prompts and references, a folder with such a file of the split's name, or the E2E release.",
     ),
-    output: str = Option("evaluation.json", help="Result file, .json; the texts go into a .jsonl beside it."),
+    output: str = Option("evaluation.json", help="Result file, .json; the texts go into a .texts.jsonl beside it."),
     split: str = Option("test", help="Split of a folder or of the E2E release."),
     beams: int = Option(10, help="Beams of the search; 1: greedy."),
     length_penalty: float = Option(0.8, help="A beam's score is its log-probability over its length to this power."),

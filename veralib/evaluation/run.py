@@ -49,9 +49,9 @@ class Evaluation:
         }
 
     def save(self, path: str | Path) -> Path:
-        """Writes the result to `path` (.json) and the texts to a .jsonl beside it, whose path is returned."""
+        """Writes the result to `path` (.json) and the texts to a .texts.jsonl beside it, whose path is returned."""
         path = output_path(path)
-        texts = path.with_suffix(".jsonl")
+        texts = path.with_suffix(".texts.jsonl")
         lines = (json.dumps(t, ensure_ascii=False) + "\n" for t in self.texts)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -65,7 +65,7 @@ class Evaluation:
 def output_path(path: str | Path) -> Path:
     """The path of a result file; ConfigError where it isn't a .json."""
     if Path(path).suffix != ".json":
-        raise ConfigError(f"output is {path}, expected a .json file; the texts go into a .jsonl beside it")
+        raise ConfigError(f"output is {path}, expected a .json file; the texts go into a .texts.jsonl beside it")
     return Path(path)
 
 
@@ -182,6 +182,8 @@ def _file(path: Path, split: str) -> Path:
 
 
 def _items(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], where: str) -> list[Item]:
+    if columns[0] not in rows[0] and "prompt" in rows[0]:  # a run's own names, and a file that has the usual ones
+        columns = ("prompt", "completion")
     prompt, completion = columns
     column_values(rows, prompt, where)
     if "references" not in rows[0]:

@@ -42,10 +42,12 @@ def score(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> dic
 
 
 def check_installed() -> None:
-    """MissingPackage where one of the metrics' packages is missing: to be asked before a long generation."""
+    """MissingPackage where one of the metrics' packages is missing, ConfigError where METEOR's program fails: to be asked before
+    a long generation."""
     for package in PACKAGES:
         if importlib.util.find_spec(package) is None:
             raise need(package, "nlg", "Scoring texts")
+    meteor.meteor([["a", "cat"]], [[["a", "cat"]]])  # a Java that is too old says so now, not after the texts are written
 
 
 def bleu(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> float:

@@ -54,14 +54,16 @@ def chat_columns(row: Mapping[str, Any], text: Sequence[str], where: str, answer
     there = ", ".join(map(str, row))
     if text:
         names = dict(zip({1: ("messages",), 2: ("instruction", "output")}.get(len(text), ALPACA_COLUMNS), text, strict=True))
-        if missing := next((c for part, c in names.items() if c not in row and (answered or part != "output")), None):
+        if missing := next(
+            (c for part, c in names.items() if c not in row and part != "input" and (answered or part != "output")), None
+        ):
             raise DataError(f'{where} has no column "{missing}". Columns there: {there}. Name yours with text.')
         return names
     for column in ("messages", "conversations"):
         if column in row:
             return {"messages": column}
     if is_alpaca(row, text):
-        return {c: c for c in ALPACA_COLUMNS if c in row}
+        return {c: c for c in ALPACA_COLUMNS}  # a row without input has an empty one
     raise DataError(
         f'{where} has no column "messages" (OpenAI), "conversations" (ShareGPT) or "instruction" (Alpaca). Columns there: '
         f"{there}. Name yours with text: one column of messages, or instruction,input,output."
