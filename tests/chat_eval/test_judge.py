@@ -115,8 +115,12 @@ def test_an_interrupt_keeps_the_reviews_under_way(folder, serve):
         return "[[8]]"
 
     server = serve(reply)
-    with pytest.raises(KeyboardInterrupt):
-        judge(asks(folder), endpoint(server), folder / "r.jsonl", parallel=2)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background is started with SIGINT ignored
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            judge(asks(folder), endpoint(server), folder / "r.jsonl", parallel=2)
+    finally:
+        signal.signal(signal.SIGINT, before)
     interrupted.append(True)
     assert 3 <= len(server.asked) == len(lines(folder / "r.jsonl")) < TURNS
     judge(asks(folder), endpoint(server), folder / "r.jsonl", parallel=2)
