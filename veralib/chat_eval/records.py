@@ -129,12 +129,12 @@ def in_parallel(
             return None
 
     pool = ThreadPoolExecutor(count)
-    left = {pool.submit(guarded, job) for job in jobs}
+    order = {pool.submit(guarded, job): i for i, job in enumerate(jobs)}
+    left = set(order)
     try:
         while left:
             done, _ = wait(left, return_when=FIRST_COMPLETED)
-            while done:
-                future = done.pop()
+            for future in sorted(done, key=order.__getitem__):  # so that one thread keeps them in the jobs' order
                 if record := future.result():
                     keep(record)
                 left.discard(future)
