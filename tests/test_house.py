@@ -26,6 +26,7 @@ ORDER = [
     {""},  # veralib/__init__.py
     {"interop"},
     {"store"},
+    {"serving"},
     {"baselines"},
     {"training"},
     {"chat_eval", "evaluation"},
@@ -69,6 +70,15 @@ def test_imports_run_one_way():
                 assert RANK[other] <= RANK[own], f"{path.relative_to(ROOT)} imports {other or 'veralib'}, which stands above it"
                 checked += 1
     assert checked > 40
+
+
+def test_serving_never_imports_what_trains():
+    """Not at the top and not in a function: its jobs are processes, so that a server needs no trainer."""
+    files = sorted((ROOT / "serving").rglob("*.py"))
+    assert files
+    for path in files:
+        for other, _ in imports(path):
+            assert RANK[other] <= RANK["serving"], f"{path.relative_to(ROOT)} imports {other}"
 
 
 def test_import_veralib_needs_torch_numpy_and_safetensors_alone():

@@ -1,0 +1,1 @@
+"""The gateway: the OpenAI API in front of an engine. make_app(settings) is the FastAPI application, `vera serve` runs it."""
