@@ -425,3 +425,21 @@ def test_tiny_imagenet_has_its_official_counts(data):
         pytest.skip("there is no tiny_imagenet32.npz in VERALIB_DATA")
     found = load_data(Settings(model="m", data=npz, task="images", shots=2, test="val"))
     assert (len(found.labels), len(found.train), len(found.test), found.labels[0]) == (200, 400, 10000, "n01443537")
+
+
+def test_a_bf16_model_that_does_not_cast_its_pixels_trains_and_predicts(settings, photos, tmp_path):
+    """ViT casts what it reads, Swin doesn't: the batch has the model's dtype."""
+    from transformers import SwinConfig, SwinForImageClassification, ViTImageProcessorPil
+
+    from veralib.training.predict import predict
+
+    torch.manual_seed(0)
+    shape = {"image_size": 16, "patch_size": 4, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "window_size": 2}
+    SwinForImageClassification(SwinConfig(**shape)).save_pretrained(tmp_path / "swin")
+    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "swin")
+    run = settings.replace(model=tmp_path / "swin", dtype="bfloat16", targets=("q_proj", "v_proj"), epochs=1)
+    result = train(run)
+    assert result.steps == 3
+    found = list(predict(run.output, photos / "test"))
+    right = [f["prediction"] == f["image"].split("/")[0] for f in found]
+    assert np.mean(right) == pytest.approx(result.metrics["test_accuracy"])

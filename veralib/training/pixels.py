@@ -1,5 +1,6 @@
 """Images as a model reads them: transformers' own preparation, and random crops and flips without torchvision."""
 
+import functools
 import hashlib
 import math
 import warnings
@@ -57,9 +58,14 @@ def pixel_set(
     return Pixels(pictures, preparation(processor), ids, settings.seed if train and settings.augment else None)
 
 
-def collate(examples: Sequence[Example]) -> dict[str, Tensor]:
-    """The batch of some examples: pixel_values (n, 3, height, width), and labels (n) if they have any."""
-    batch = {"pixel_values": torch.stack([e["pixel_values"] for e in examples])}
+def collator(dtype: torch.dtype) -> Callable[[Sequence[Example]], dict[str, Tensor]]:
+    """The function that makes a batch of some examples; dtype: the model's, since not every model casts what it reads."""
+    return functools.partial(_collate, dtype=dtype)  # so that a loader's worker processes can have it
+
+
+def _collate(examples: Sequence[Example], dtype: torch.dtype) -> dict[str, Tensor]:
+    """pixel_values (n, 3, height, width), and labels (n) if they have any."""
+    batch = {"pixel_values": torch.stack([e["pixel_values"] for e in examples]).to(dtype)}
     if "labels" in examples[0]:
         batch["labels"] = torch.tensor([e["labels"] for e in examples])
     return batch

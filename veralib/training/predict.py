@@ -84,12 +84,12 @@ def _examples(settings: Settings, rows: Sequence[Row], columns: Sequence[str], b
     """(one example a row, the function that makes a batch of some); of text to write, (each prompt's tokens, None)."""
     if settings.task == "images":
         from .images import file_picture
-        from .pixels import Pixels, collate, preparation
+        from .pixels import Pixels, collator, preparation
 
         pictures = [file_picture(folder / str(row[columns[0]])) for row in rows]
         for picture in pictures:
             picture.decode()
-        return Pixels(pictures, preparation(base.processor)), collate
+        return Pixels(pictures, preparation(base.processor)), collator(base.model.dtype)
     from . import tokens
 
     pad_id = base.tokenizer.pad_token_id or 0

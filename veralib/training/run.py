@@ -123,13 +123,14 @@ def train(settings: Settings, callbacks: Sequence[Any] = ()) -> Result:
 def _examples(splits: dict[str, Any], base: Any, settings: Settings, labels: Sequence[str]) -> tuple[dict[str, Any], Any]:
     """(the examples of each split, the function that makes a batch of some)."""
     if settings.task == "images":
-        from .pixels import collate, pixel_set
+        from .pixels import collator as pixel_collator
+        from .pixels import pixel_set
 
         pixels = {
             name: pixel_set(rows, base.processor, settings, labels, f"the {name} data", name == "train") if rows else None
             for name, rows in splits.items()
         }
-        return pixels, collate
+        return pixels, pixel_collator(base.model.dtype)
     from .tokens import collator, encode
 
     sets = {
