@@ -1,6 +1,6 @@
 """E2E with a small language model: the base alone, LoRA r=1 and r=8, VeRA; three learning rates each, the same epochs for all.
 
-    python -m experiments.e2e E2E.zip [--rows 400] [--epochs 1] [--limit-test 40] [--model models/books-4m] [--render]
+    python -m experiments.e2e E2E.zip [--rows 2000] [--epochs 1] [--limit-test 40] [--model models/books-4m] [--render]
 
 E2E is the official release, zip or folder; with --prepare FOLDER it is only written as the jsonl files that `vera train` reads.
 `rows` training references are drawn by seed 0, a quarter as many of the development set's. The learning rate with the smallest
@@ -21,9 +21,9 @@ RESULTS = Path(__file__).parents[1] / "results" / "e2e"
 # Name -> settings, and the rates that are tried: steps of about three around what each method is known to take.
 GRID: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
     "base": ({}, ()),
-    "LoRA r=1": ({"method": "lora", "rank": 1}, (3e-3, 1e-2, 3e-2)),
-    "LoRA r=8": ({"method": "lora", "rank": 8}, (1e-3, 3e-3, 1e-2)),
-    "VeRA r=256": ({"method": "vera", "rank": 256}, (3e-2, 1e-1, 3e-1)),
+    "LoRA r=1": ({"method": "lora", "rank": 1}, (3e-3, 1e-2, 3e-2, 1e-1)),
+    "LoRA r=8": ({"method": "lora", "rank": 8}, (3e-3, 1e-2, 3e-2)),
+    "VeRA r=256": ({"method": "vera", "rank": 256}, (3e-2, 1e-1, 3e-1, 1.0)),
 }
 # The VeRA paper's Table 10, but for the 500 steps of warm-up: they are a share of its 26,000 steps.
 COMMON: dict[str, Any] = {
@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="e2e-dataset.zip, or its folder")
     parser.add_argument("--model", type=Path, default=Path("models/books-4m"), help="folder of the base model")
-    parser.add_argument("--rows", type=int, default=400, help="training references; 0: all 42,061")
+    parser.add_argument("--rows", type=int, default=2000, help="training references; 0: all 42,061")
     parser.add_argument("--epochs", type=float, default=1)
     parser.add_argument("--limit-test", type=int, default=40, help="meaning representations of the test set; 0: all 630")
     parser.add_argument("--seed", type=int, default=0)
