@@ -1,6 +1,6 @@
 """A store with adapters of two tenants, a fake engine, and gateways in front of it."""
 
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,15 +9,15 @@ import torch
 
 pytest.importorskip("fastapi")
 
-import httpx2  # noqa: E402
-import openai  # noqa: E402
+import httpx2
+import openai
 
-from tests.serving.gateway.fake import Fake, serving, wait_until  # noqa: E402
-from veralib import VeraConfig, attach  # noqa: E402
-from veralib.serving.gateway.app import make_app  # noqa: E402
-from veralib.serving.gateway.keys import Keys  # noqa: E402
-from veralib.serving.gateway.settings import GatewaySettings  # noqa: E402
-from veralib.store import open_store  # noqa: E402
+from tests.serving.gateway.fake import Fake, serving, wait_until
+from veralib import VeraConfig, attach
+from veralib.serving.gateway.app import make_app
+from veralib.serving.gateway.keys import Keys
+from veralib.serving.gateway.settings import GatewaySettings
+from veralib.store import open_store
 
 
 def adapter(seed=0):
@@ -38,6 +38,7 @@ class World:
     keys: dict[str, str]
     stack: ExitStack
     apps: list[Any] = field(default_factory=list)
+    url: str = ""
 
     def gateway(self, ready=True, **settings):
         """The url of one more gateway."""
@@ -60,15 +61,30 @@ class World:
         return self.stack.enter_context(httpx2.Client(base_url=url, headers=headers, timeout=20, **options))
 
 
-@pytest.fixture
-def world(tmp_path):
+@contextmanager
+def make_world(folder):
     """acme: has ann and bob, globex: has ann, an admin has all."""
-    store = open_store(tmp_path / "store")
+    store = open_store(folder / "store")
     for name in ("acme:ann", "acme:bob", "globex:ann"):
         store.put(name, adapter())
-    keys = Keys(tmp_path / "state")
+    keys = Keys(folder / "state")
     made = {"acme": keys.add("acme:")[0], "globex": keys.add("globex:")[0], "admin": keys.add(admin=True)[0]}
     fake = Fake()
     with ExitStack() as stack:
         url = stack.enter_context(serving(fake.app))
-        yield World(store, str(tmp_path / "store"), str(tmp_path / "state"), fake, url, made, stack)
+        yield World(store, str(folder / "store"), str(folder / "state"), fake, url, made, stack)
+
+
+@pytest.fixture
+def world(tmp_path):
+    """A new one for each test."""
+    with make_world(tmp_path) as world:
+        yield world
+
+
+@pytest.fixture(scope="module")
+def shared_world(tmp_path_factory):
+    """One for all tests of a file, which leave it as it was."""
+    with make_world(tmp_path_factory.mktemp("world")) as world:
+        world.url = world.gateway()
+        yield world

@@ -185,9 +185,9 @@ def unavailable(message: str, code: str = "engine_unavailable") -> ApiError:
 
 
 def encode(body: Any) -> bytes:
-    """In ASCII: a client's text may hold half a surrogate pair. NaN and endless nesting, which a reader let in, are refused."""
+    """ApiError 400 for what JSON's reader let in and no engine should get: NaN, half a surrogate pair, endless nesting."""
     try:
-        return json.dumps(body, allow_nan=False).encode()
+        return json.dumps(body, allow_nan=False, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as e:
         raise ApiError(400, f"The request can't be written as JSON: {e}.", code="invalid_request") from None
 

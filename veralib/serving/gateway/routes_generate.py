@@ -74,7 +74,7 @@ def choices(body: dict[str, Any]) -> int:
 
 def check(body: dict[str, Any], settings: GatewaySettings) -> None:
     """ApiError 400 for a request beyond the gateway's limits."""
-    stop = body.get("stop") or []
+    stop = body.get("stop", [])
     several = [stop] if isinstance(stop, str) else stop
     bounds = [
         ("max_tokens", body.get("max_tokens") or 0, settings.max_tokens, "tokens"),
