@@ -79,7 +79,7 @@ class Fake:
             names = ",".join(sorted(self.loaded))
             return PlainTextResponse(
                 f'# TYPE vllm:lora_requests_info gauge\nvllm:lora_requests_info{{names="{names}"}} 1\n'
-                "# TYPE vllm:prefix_cache_hits counter\n"
+                "# TYPE vllm:prefix_cache_hits_total counter\n"
                 'vllm:prefix_cache_hits_total{engine="0"} 5\nvllm:prefix_cache_hits_total{engine="1"} 2\n'
                 f"# TYPE vera_resident_adapters gauge\nvera_resident_adapters {len(self.loaded)}\n"
             )
