@@ -1,11 +1,13 @@
 """Two gateways over one store and one state folder agree: on keys, on versions, on what is gone."""
 
+from pathlib import Path
+
 import httpx2
 import openai
 import pytest
 
 from tests.serving.gateway.conftest import adapter
-from tests.serving.gateway.fake import Fake, serving
+from tests.serving.gateway.fake import Fake, serving, wait_until
 from veralib.serving.names import engine_name
 
 
@@ -38,10 +40,13 @@ def test_a_new_version_is_served_by_both_at_once(pair):
 
 
 def test_what_one_deletes_the_other_no_longer_serves(pair):
-    world, one, two, _ = pair
+    world, one, two, second = pair
     first, other = world.client(one), world.client(two)
     assert other.completions.create(model="acme:ann", prompt="x").choices
+    assert other.completions.create(model="acme:bob", prompt="x").choices
     assert first.models.delete("acme:ann").deleted
+    assert wait_until(lambda: [n.partition("@")[0] for n in second.loaded] == ["acme:bob"]), "it is in the other engine's memory"
+    assert "ann" not in "".join(p.name + p.read_text() for p in (Path(world.state) / "deleted").iterdir())
     with pytest.raises(openai.NotFoundError):
         other.completions.create(model="acme:ann", prompt="x")
     assert [m.id for m in other.models.list()] == ["tiny-base", "acme:bob"]

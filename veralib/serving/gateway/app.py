@@ -3,8 +3,9 @@
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from importlib import import_module
+from typing import Any
 
 from fastapi import FastAPI
 
@@ -13,6 +14,7 @@ from ...store import open_store
 from . import errors
 from .auth import OPEN, Authenticate
 from .client import EngineClient
+from .deletions import Deletions
 from .engine import make_engine
 from .keys import Keys
 from .limits import Limits
@@ -40,12 +42,14 @@ def make_app(settings: GatewaySettings) -> FastAPI:
         hidden += (os.path.abspath(settings.model),)
     client = EngineClient(engine, settings.engine_seconds, settings.running + 64, hidden)
     keys = Keys(settings.state)
-    gateway = Gateway(settings, store, keys, Names(store), engine, client, Limits(settings, metrics), metrics)
+    deletions = Deletions(settings.state)
+    gateway = Gateway(settings, store, keys, Names(store), engine, client, Limits(settings, metrics), metrics, deletions)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         engine.start(client.healthy)
-        tasks = [asyncio.create_task(make()) for make in app.state.background]
+        running = [deletions.follow(client), *(make() for make in app.state.background)]
+        tasks = [asyncio.create_task(each) for each in running]
         try:
             yield
         finally:
@@ -57,10 +61,11 @@ def make_app(settings: GatewaySettings) -> FastAPI:
             await client.close()
             gateway.names.close()
 
-    app = FastAPI(title="veralib", version=__version__, description="VeRA adapters behind the OpenAI API.", lifespan=lifespan)
+    about = "VeRA adapters behind the OpenAI API."
+    app = FastAPI(title="veralib", version=__version__, description=about, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.gateway = gateway
     app.state.on_delete = list[OnDelete]()
-    app.state.background = list[Callable[[], Awaitable[None]]]()
+    app.state.background = list[Callable[[], Coroutine[Any, Any, None]]]()
     app.state.draining = False
     errors.install(app)
     open_paths = OPEN | {"/metrics"} if settings.open_metrics else OPEN

@@ -10,7 +10,7 @@ from .errors import ApiError, error_response
 from .keys import Keys
 from .tenants import EVERYBODY, Tenant
 
-OPEN = frozenset({"/health", "/ready", "/openapi.json", "/docs"})
+OPEN = frozenset({"/health", "/ready", "/openapi.json"})
 """Paths that anybody may ask."""
 _BEARER = HTTPBearer(auto_error=False, description="sk-vera-…, from vera serve keys add")
 

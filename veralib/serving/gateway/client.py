@@ -99,9 +99,10 @@ class EngineClient:
                 return about
         raise ApiError(502, "The engine names no base model.", code="engine_error")
 
-    async def resident(self, name: str) -> list[str]:
-        """The engine's names of the versions of an adapter that it has in memory."""
-        return [str(c["id"]) for c in await self._cards() if str(c.get("id")).startswith(f"{name}@")]
+    async def resident(self, name: str | None = None) -> list[str]:
+        """The engine's names of the versions that it has in memory, of one adapter or of all."""
+        found = [str(c.get("id")) for c in await self._cards()]
+        return [n for n in found if (n.startswith(f"{name}@") if name is not None else ENGINE_NAMES.fullmatch(n))]
 
     async def forget(self, name: str) -> int:
         """Unloads every version of an adapter; returns how many there were."""

@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
 
 from ...errors import ConfigError
 from .errors import LOG
@@ -156,10 +155,11 @@ def command(settings: GatewaySettings, port: int) -> list[str]:
     where = ["--host", "127.0.0.1", "--port", str(port), "--model", model, "--served-model-name", name]
     if settings.engine == "embedded":
         return [python, "-m", "veralib.serving.embedded", *where, "--store", _absolute(settings.store), *settings.engine_args]
-    setting: dict[str, Any] = {"vera": {"store": _absolute(settings.store)}}
+    vera = {"store": _absolute(settings.store), "max_rank": settings.max_rank, "max_bases": settings.max_bases}
     return [
         *(python, "-m", "vllm.entrypoints.openai.api_server", *where, "--enable-lora"),
-        *("--additional-config", json.dumps(setting), *settings.engine_args),
+        *("--max-loras", str(settings.slots), "--max-cpu-loras", str(max(settings.slots, settings.resident))),
+        *("--additional-config", json.dumps({"vera": vera}), *settings.engine_args),
     ]
 
 

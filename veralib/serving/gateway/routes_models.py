@@ -6,6 +6,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Query, Request
 from starlette.responses import Response
 
+from ...errors import StoreError
 from .auth import Caller
 from .errors import ApiError, json_response
 from .routes_generate import ERRORS
@@ -24,9 +25,8 @@ async def list_models(
     limit: Annotated[int, Query(ge=1, le=1000, description="Names of a page.")] = 100,
 ) -> Response:
     """The base model, then one's own adapters by name, a page at a time: the next one begins after last_id while has_more."""
-    about = await here.client.about()
-    base = here.settings.base_name or about.name
-    first = [] if after else [_card(base, about.created, None)]
+    base, created = await here.base()
+    first = [] if after else [_card(base, created, None)]
     # A tenant's own prefix bounds what is looked at; "" as a cursor or the base's name begins at the first adapter.
     names = await here.names.page(tenant, "" if after == base else after, limit + 1 - len(first))
     more = len(names) + len(first) > limit
@@ -60,10 +60,9 @@ async def roll_back(name: str, body: RollbackRequest, tenant: Caller, here: Here
 @router.get("/v1/models/{name:path}", responses=ERRORS)
 async def get_model(name: str, tenant: Caller, here: Here) -> Response:
     """One model."""
-    about = await here.client.about()
-    base = here.settings.base_name or about.name
+    base, created = await here.base()
     if name == base:
-        return json_response(_card(base, about.created, None))
+        return json_response(_card(base, created, None))
     found = await here.names.of_owner(tenant, name, here.store.latest)
     return json_response({**_card(name, found.milliseconds // 1000, base), "version": found.number, "bytes": found.bytes})
 
@@ -71,14 +70,19 @@ async def get_model(name: str, tenant: Caller, here: Here) -> Response:
 @router.delete("/v1/models/{name:path}", responses=ERRORS)
 async def delete_model(name: str, request: Request, tenant: Caller, here: Here) -> Response:
     """Removes an adapter: all versions, what the engine holds of it, and its files and jobs. The answer lists what went."""
-    if name == (here.settings.base_name or (await here.client.about()).name):
+    if name == (await here.base())[0]:
         raise ApiError(403, "The base model can't be deleted.", code="base_model")
-    versions = len(await here.names.of_owner(tenant, name, here.store.versions))
-    await here.names.of_owner(tenant, name, here.store.delete)
-    removed = {"versions": versions}
-    for hook in request.app.state.on_delete:
+    await here.names.of_owner(tenant, name, here.store.current)
+    removed: dict[str, int] = {}
+    for hook in request.app.state.on_delete:  # first: a job that still ran would put a new version
         for what, count in (await hook(name)).items():
             removed[what] = removed.get(what, 0) + count
+    try:
+        removed["versions"] = len(await here.names.of_owner(tenant, name, here.store.versions))
+    except StoreError:  # what is damaged can be deleted too
+        removed["versions"] = 1
+    await here.names.of_owner(tenant, name, here.store.delete)
+    here.deletions.note(name)
     try:
         removed["loaded"] = await here.client.forget(name)
     except ApiError:  # an engine that is away has nothing in memory

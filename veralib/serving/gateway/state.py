@@ -6,7 +6,9 @@ from fastapi import Request
 
 from ...store import Store
 from .client import EngineClient
+from .deletions import Deletions
 from .engine import Engine
+from .errors import ApiError
 from .keys import Keys
 from .limits import Limits
 from .metrics import Metrics
@@ -26,6 +28,18 @@ class Gateway:
     client: EngineClient
     limits: Limits
     metrics: Metrics
+    deletions: Deletions
+
+    async def base(self) -> tuple[str, int]:
+        """What clients call the base model, and since when it is there: 0 while its engine is away. ApiError where only the
+        engine knows its name."""
+        try:
+            about = await self.client.about()
+        except ApiError:
+            if self.settings.base_name is None:
+                raise
+            return self.settings.base_name, 0
+        return self.settings.base_name or about.name, about.created
 
 
 def gateway_of(request: Request) -> Gateway:
