@@ -115,6 +115,7 @@ def test_a_keys_rate(world):
     answers = [world.http(url).post("/v1/completions", json=TEXT) for _ in range(6)]
     assert [a.status_code for a in answers] == [200] * 5 + [429]
     assert 1 <= int(answers[-1].headers["retry-after"]) <= 12
+    assert code(world.http(url).get("/v1/models")) == (429, "rate_limit_exceeded")
     assert world.http(url, "globex").post("/v1/completions", json={**TEXT, "model": "globex:ann"}).status_code == 200
 
 

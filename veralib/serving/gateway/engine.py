@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import ctypes
 import json
+import logging
 import os
 import secrets
 import signal
@@ -21,6 +22,7 @@ from .settings import ENGINE_KEY, GatewaySettings
 LOOK_SECONDS = 1.0
 LONGEST_PAUSE = 30.0
 STOP_SECONDS = 15.0
+LOG_BYTES = 10 * 2**20
 
 
 class Engine:
@@ -50,7 +52,9 @@ class Engine:
 
     def _note(self, up: bool) -> None:
         if up != self.up:
-            LOG.warning("the engine at %s %s", self.url, "answers" if up else "doesn't answer")
+            LOG.log(
+                logging.INFO if up else logging.WARNING, "the engine at %s %s", self.url, "answers" if up else "doesn't answer"
+            )
             self.run += up and self.settings.engine_url is not None  # perhaps another one now
         self.up = up
         self.metrics.engine_up.set(up)
@@ -93,6 +97,8 @@ class ChildEngine(Engine):
         """One life of a child, until it ends or hangs."""
         port = free_port()
         self.log.parent.mkdir(parents=True, exist_ok=True)
+        if self.log.is_file() and self.log.stat().st_size > LOG_BYTES:
+            os.replace(self.log, self.log.with_suffix(".log.1"))
         with open(self.log, "ab") as log:
             try:
                 self.process = await asyncio.create_subprocess_exec(
@@ -109,7 +115,7 @@ class ChildEngine(Engine):
                 return
         self.run += 1
         self.url = f"http://127.0.0.1:{port}"
-        LOG.warning("engine %d starts at %s; its output goes to %s", self.process.pid, self.url, self.log)
+        LOG.info("engine %d starts at %s; its output goes to %s", self.process.pid, self.url, self.log)
         answered = time.monotonic() + self.settings.engine_start_seconds - self.settings.engine_hung_seconds
         while True:
             with contextlib.suppress(TimeoutError):

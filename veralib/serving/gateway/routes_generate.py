@@ -1,8 +1,8 @@
 """/v1/completions, /v1/chat/completions, /v1/embeddings: checked here, answered by a Relay."""
 
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter
 from pydantic import BaseModel
 from starlette.responses import Response
 
@@ -12,10 +12,9 @@ from .lengths import at_most, prompts
 from .relay import Relay
 from .schemas import IGNORED, ChatRequest, CompletionRequest, EmbeddingRequest
 from .settings import GatewaySettings
-from .state import Gateway, gateway_of
+from .state import Gateway, Here
 
 router = APIRouter(tags=["generate"])
-Here = Annotated[Gateway, Depends(gateway_of)]
 CHARACTERS_A_TOKEN = 4
 ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"description": "The request is wrong; the message says where."},
@@ -29,19 +28,19 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 
 
 @router.post("/v1/completions", responses=ERRORS)
-async def completions(request: Request, body: CompletionRequest, tenant: Caller, here: Here) -> Response:
+async def completions(body: CompletionRequest, tenant: Caller, here: Here) -> Response:
     """A text's continuation, whole or as a stream of server-sent events."""
     return _relay(here, tenant, "/v1/completions", body)
 
 
 @router.post("/v1/chat/completions", responses=ERRORS)
-async def chat(request: Request, body: ChatRequest, tenant: Caller, here: Here) -> Response:
+async def chat(body: ChatRequest, tenant: Caller, here: Here) -> Response:
     """The next message of a chat, whole or as a stream of server-sent events."""
     return _relay(here, tenant, "/v1/chat/completions", body)
 
 
 @router.post("/v1/embeddings", responses=ERRORS)
-async def embeddings(request: Request, body: EmbeddingRequest, tenant: Caller, here: Here) -> Response:
+async def embeddings(body: EmbeddingRequest, tenant: Caller, here: Here) -> Response:
     """A vector for each text, where the base model is an encoder."""
     return _relay(here, tenant, "/v1/embeddings", body)
 

@@ -11,10 +11,9 @@ from .auth import Caller
 from .errors import ApiError, json_response
 from .routes_generate import ERRORS
 from .schemas import AdapterRequest, RollbackRequest
-from .state import Gateway, gateway_of
+from .state import Gateway, Here, limited
 
-router = APIRouter(tags=["models"])
-Here = Annotated[Gateway, Depends(gateway_of)]
+router = APIRouter(tags=["models"], dependencies=[Depends(limited)])
 
 
 @router.get("/v1/models", responses=ERRORS)

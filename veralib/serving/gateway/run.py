@@ -22,6 +22,7 @@ def run(settings: GatewaySettings) -> None:
         log_config=None,
         access_log=False,  # names of adapters are people's
         server_header=False,
+        timeout_keep_alive=75,  # longer than balancers keep an idle connection, so that they don't send into a closed one
         timeout_graceful_shutdown=max(1, round(settings.drain_seconds)),
     )
     DrainingServer(config, settings.drain_delay).run()
