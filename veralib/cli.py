@@ -26,7 +26,7 @@ def build():
     """The typer application with every command in it."""
     import typer
 
-    from .commands import chat_eval, fleet
+    from .commands import chat_eval, fleet, serve
     from .commands.adapters import convert, inspect, merge
     from .commands.budget import make_budget
     from .commands.demo import demo
@@ -53,6 +53,7 @@ def build():
 
     app.add_typer(fleet.build(), name="fleet")
     app.add_typer(chat_eval.build(), name="chat-eval")
+    app.add_typer(serve.build(), name="serve")
 
     @app.callback(invoke_without_command=True)
     def version(show: bool = typer.Option(False, "--version", help="Print the version and exit.", is_eager=True)) -> None:

@@ -1,5 +1,6 @@
 """Store: adapters by name, with versions. What every form of store does alike, above records."""
 
+import heapq
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
@@ -10,6 +11,7 @@ from ..adapter import Adapter
 from ..errors import ConfigError, StoreError, UnknownName, nearest
 from . import codec
 from .codec import Configuration, Precision
+from .names import encoded
 from .record import ADAPTER, Record, parse
 
 
@@ -80,6 +82,21 @@ class Store(ABC):
     @abstractmethod
     def names(self, prefix: str = "") -> Iterator[str]:
         """The names that begin so, in no promised order."""
+
+    def page(self, prefix: str = "", after: str = "", limit: int = 100) -> list[str]:
+        """The first names that begin with prefix and come behind `after`, sorted by their bytes.
+
+        Costs a look at every name with that prefix, and in a folder store a listing of all; a packed store reads the page alone.
+        """
+        start = encoded(after) if after else b""
+        behind = ((raw, name) for name in self.names(prefix) if (raw := encoded(name)) > start)
+        return [name for _, name in heapq.nsmallest(limit, behind)]
+
+    def latest(self, name: str) -> Version:
+        """About the current version; reads its record alone. UnknownName, StoreError."""
+        data = self._read(name, None)
+        record = parse(data, f'adapter "{name}"')
+        return Version(record.version, record.milliseconds, len(data), record.notes)
 
     @abstractmethod
     def versions(self, name: str) -> list[Version]:

@@ -38,9 +38,11 @@ class FolderStore(Store):
         self.files.remove(self._folder(name))
 
     def names(self, prefix: str = "") -> Iterator[str]:
+        start = key_of(prefix)[:60] if prefix else ""  # of a long name the key holds 60 characters
         for shard in self.files.list("adapters"):
             for key in self.files.list(f"adapters/{shard}"):
-                found = self._name_of(shard, key)
+                # Where the key already tells, its folder isn't listed.
+                found = self._name_of(shard, key) if key.startswith(start) else None
                 if found is not None and found.startswith(prefix):
                     yield found
 

@@ -100,6 +100,12 @@ class PackedStore(Store):
                 return
             last = rows[-1][0]
 
+    def page(self, prefix: str = "", after: str = "", limit: int = 100) -> list[str]:
+        start, last = (text.encode("utf-8", "surrogatepass") for text in (prefix, after))
+        query = "SELECT DISTINCT name FROM adapters WHERE name >= ? AND name > ? ORDER BY name LIMIT ?"
+        rows = self._index().execute(query, (start, last, limit)).fetchall()
+        return [decoded(raw) for (raw,) in rows if raw.startswith(start)]
+
     def versions(self, name: str) -> list[Version]:
         rows = self._index().execute("SELECT version FROM adapters WHERE name = ? ORDER BY version", (encoded(name),)).fetchall()
         if not rows:

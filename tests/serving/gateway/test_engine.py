@@ -1,0 +1,140 @@
+"""The engine as a child process that dies, hangs or never starts; an engine elsewhere that goes; streams that break."""
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import httpx2
+import openai
+import pytest
+
+from tests.serving.gateway.fake import Fake, serving, wait_until
+from veralib.serving.gateway import engine
+from veralib.serving.gateway.settings import GatewaySettings
+
+TEXT = {"model": "acme:ann", "prompt": "x"}
+
+
+@pytest.fixture
+def child(monkeypatch):
+    """Gateways start the fake instead of an engine of ours."""
+
+    def command(settings, port):
+        where = ["--host", "127.0.0.1", "--port", str(port), "--model", settings.model, "--served-model-name", "child-base"]
+        return [sys.executable, "-m", "tests.serving.gateway.fake", *where, *settings.engine_args]
+
+    monkeypatch.setattr(engine, "command", command)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+
+
+def test_a_child_is_started_again_and_ends_with_the_gateway(world, child):
+    url = world.gateway(ready=False, engine_url=None, model="m", model_name="child-base")
+    http = world.http(url)
+    early = http.post("/v1/completions", json=TEXT)
+    assert early.status_code == 503 and early.headers["retry-after"] == "2" and http.get("/health").status_code == 200
+    assert http.get("/ready").status_code == 503
+    assert wait_until(lambda: http.get("/ready").status_code == 200, 30)
+    assert http.post("/v1/completions", json=TEXT).status_code == 200
+    looked_after = world.apps[0].state.gateway.engine
+    first = looked_after.process.pid
+    results = []
+    waiting = threading.Thread(
+        target=lambda: results.append(world.http(url).post("/v1/completions", json={**TEXT, "prompt": "silent"}))
+    )
+    waiting.start()
+    with http.stream("POST", "/v1/completions", json={**TEXT, "prompt": "long", "stream": True}) as stream:
+        pieces = stream.iter_lines()
+        next(pieces)
+        os.kill(first, signal.SIGKILL)
+        rest = [line for line in pieces if line]
+    waiting.join()
+    assert json.loads(rest[-1].removeprefix("data: "))["error"]["code"] == "engine_unavailable"
+    assert results[0].status_code == 503 and results[0].headers["retry-after"] and "engine_unavailable" in results[0].text
+    assert wait_until(lambda: http.get("/ready").status_code == 200, 30)
+    assert http.post("/v1/completions", json=TEXT).status_code == 200 and looked_after.process.pid != first
+    assert looked_after.log.is_file() and Path(world.state) in looked_after.log.parents
+    second = looked_after.process.pid
+    world.stack.close()
+    assert wait_until(lambda: not Path(f"/proc/{second}").exists())
+
+
+def test_a_child_that_never_starts_is_tried_with_pauses(world, child):
+    url = world.gateway(ready=False, engine_url=None, model="m", engine_args="--die-at-start")
+    engine_of = world.apps[0].state.gateway.engine
+    assert wait_until(lambda: engine_of.run >= 3, 30)
+    assert httpx2.get(f"{url}/ready").status_code == 503 and httpx2.get(f"{url}/health").status_code == 200
+    assert world.http(url).post("/v1/completions", json=TEXT).status_code == 503
+
+
+def test_a_python_that_is_not_there(world):
+    url = world.gateway(ready=False, engine_url=None, model="m", engine_python="/nonexistent/python")
+    assert world.http(url).post("/v1/completions", json=TEXT).status_code == 503
+    assert httpx2.get(f"{url}/health").status_code == 200
+
+
+def test_commands():
+    given = {"store": "s", "model": "org/name", "engine_args": "--max-model-len 128 --x 'a b'"}
+    embedded = engine.command(GatewaySettings(**given), 7)
+    assert embedded[:3] == [sys.executable, "-m", "veralib.serving.embedded"] and embedded[-4:] == [
+        "--max-model-len",
+        "128",
+        "--x",
+        "a b",
+    ]
+    assert embedded[embedded.index("--store") + 1] == os.path.abspath("s") and embedded[embedded.index("--port") + 1] == "7"
+    vllm = engine.command(GatewaySettings(**given, engine="vllm", engine_python="/v/python", model_name="base"), 7)
+    assert vllm[:3] == ["/v/python", "-m", "vllm.entrypoints.openai.api_server"] and "--enable-lora" in vllm
+    assert vllm[vllm.index("--served-model-name") + 1] == "base"
+    assert json.loads(vllm[vllm.index("--additional-config") + 1])["vera"]["store"] == os.path.abspath("s")
+
+
+def test_an_engine_elsewhere_goes_and_comes(world):
+    fake = Fake("other-base")
+    with serving(fake.app) as elsewhere:
+        url = world.gateway(engine_url=f"{elsewhere}/v1")
+        http = world.http(url)
+        assert http.get("/v1/models").json()["data"][0]["id"] == "other-base"
+    gone = http.post("/v1/completions", json=TEXT)
+    assert gone.status_code == 503 and gone.headers["retry-after"] == "2" and http.get("/ready").status_code == 503
+
+
+def test_a_stream_that_breaks_is_an_error_to_the_client(world):
+    client = world.client(world.gateway())
+    stream = client.completions.create(model="acme:ann", prompt="die", stream=True)
+    with pytest.raises(openai.APIError, match="engine"):
+        list(stream)
+
+
+def test_an_engine_that_says_nothing(world):
+    http = world.http(world.gateway(engine_seconds=0.3))
+    answer = http.post("/v1/completions", json={**TEXT, "prompt": "silent"})
+    assert answer.status_code == 504 and wait_until(lambda: world.fake.cancelled)
+
+
+@pytest.mark.parametrize("status,expected", [(400, 400), (422, 422), (500, 502), (503, 503), (429, 503), (401, 502), (404, 400)])
+def test_what_the_engine_refuses(world, status, expected):
+    """404 is the fake's for a path that it lacks: its message speaks of no model."""
+    http = world.http(world.gateway())
+    answer = http.post("/v1/completions", json={**TEXT, "prompt": f"fail:{status}"})
+    assert answer.status_code == expected and (answer.headers.get("retry-after") is not None) == (expected == 503)
+
+
+def test_the_engine_is_asked_with_its_own_key_never_with_the_clients(world, monkeypatch):
+    monkeypatch.setenv("VERA_ENGINE_KEY", "engine-secret")
+    world.http(world.gateway()).post("/v1/completions", json=TEXT).raise_for_status()
+    assert world.fake.headers[-1]["authorization"] == "Bearer engine-secret"
+    assert world.keys["acme"] not in json.dumps(world.fake.headers) + json.dumps(world.fake.asked)
+
+
+def test_a_stream_is_passed_on_as_it_comes(world):
+    http = world.http(world.gateway())
+    times = []
+    with http.stream("POST", "/v1/completions", json={**TEXT, "prompt": "slow", "stream": True}) as answer:
+        for line in answer.iter_lines():
+            if line:
+                times.append(time.monotonic())
+    assert len(times) == 6 and times[4] - times[0] > 0.15

@@ -1,0 +1,169 @@
+"""Each limit has its HTTP code, and what was taken is given back whichever way a request ends."""
+
+import contextlib
+import json
+import threading
+import time
+
+import httpx2
+import pytest
+
+from tests.serving.gateway.fake import wait_until
+from veralib.serving.gateway.limits import Bucket
+
+TEXT = {"model": "acme:ann", "prompt": "x"}
+
+
+def code(answer):
+    return answer.status_code, answer.json()["error"]["code"]
+
+
+@pytest.mark.parametrize("stated", [True, False])
+def test_a_body_that_is_too_long(world, stated):
+    http = world.http(world.gateway(max_body_bytes=1000))
+    body = json.dumps({**TEXT, "prompt": "x" * 2000}).encode()
+    answer = http.post("/v1/completions", content=body if stated else iter([body[:900], body[900:]]))
+    assert answer.status_code == 413 and "1,000 bytes" in answer.json()["error"]["message"]
+    assert http.post("/v1/completions", json=TEXT).status_code == 200
+
+
+def test_a_body_that_never_ends(world):
+    http = world.http(world.gateway(body_seconds=0.3))
+
+    def slow():
+        for _ in range(100):
+            yield b" "
+            time.sleep(0.1)
+
+    began = time.monotonic()
+    with contextlib.suppress(httpx2.HTTPError):  # closed while it was still sent
+        assert http.post("/v1/completions", content=slow()).status_code == 408
+    assert time.monotonic() - began < 5
+
+
+def test_lengths(world):
+    """The fake's length is 64 and its tokens are words."""
+    http = world.http(world.gateway(max_tokens=40))
+    for path, body in (
+        ("/v1/completions", {"prompt": "word " * 60, "max_tokens": 5}),
+        ("/v1/completions", {"prompt": [1] * 60, "max_tokens": 5}),
+        ("/v1/completions", {"prompt": ["a", "word " * 60], "max_tokens": 5}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "word " * 60}], "max_tokens": 5}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "word " * 70}]}),
+        ("/v1/embeddings", {"input": "word " * 70}),
+        ("/v1/completions", {"prompt": "x" * 100_000}),
+    ):
+        answer = http.post(path, json={"model": "acme:ann", **body})
+        assert code(answer) == (400, "context_length_exceeded"), answer.text
+    assert http.post("/v1/completions", json={**TEXT, "prompt": "word " * 59, "max_tokens": 5}).status_code == 200
+    assert code(http.post("/v1/completions", json={**TEXT, "max_tokens": 41})) == (400, "limit_exceeded")
+    assert code(http.post("/v1/completions", json={**TEXT, "n": 17})) == (400, "limit_exceeded")
+    assert http.post("/v1/chat/completions", json={"model": "acme:ann", "messages": [{"role": "user", "content": "w " * 50}]})
+    asked = world.fake.asked[-1][1]
+    assert asked["max_tokens"] == 14 and world.fake.asked[-2][0] == "/tokenize"  # what 64 leaves beside 50
+    http.post("/v1/completions", json=TEXT)
+    assert world.fake.asked[-1][1]["max_tokens"] == 16 and world.fake.asked[-2][0] != "/tokenize"
+
+
+def test_a_keys_concurrency(world):
+    url = world.gateway(key_concurrency=2)
+    results = []
+
+    def ask(who):
+        body = {"model": f"{who}:ann", "prompt": "pause"}
+        results.append((who, world.http(url, who).post("/v1/completions", json=body)))
+
+    threads = [threading.Thread(target=ask, args=(who,)) for who in ["acme"] * 4 + ["globex"]]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    refused = [a for who, a in results if a.status_code != 200]
+    assert len(refused) == 2 and all(code(a) == (429, "rate_limit_exceeded") and a.headers["retry-after"] == "1" for a in refused)
+    assert [a.status_code for who, a in results if who == "globex"] == [200]
+    assert world.http(url).post("/v1/completions", json=TEXT).status_code == 200
+
+
+def test_the_queue(world):
+    url = world.gateway(running=1, queue=2)
+    results = []
+    threads = [
+        threading.Thread(target=lambda: results.append(world.http(url).post("/v1/completions", json={**TEXT, "prompt": "pause"})))
+        for _ in range(6)
+    ]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    refused = [a for a in results if a.status_code != 200]
+    assert 1 <= len(refused) <= 3 and all(code(a) == (503, "overloaded") and a.headers["retry-after"] for a in refused)
+    assert world.fake.most == 1
+
+
+def test_a_turn_that_never_comes(world):
+    url = world.gateway(running=1, queue_seconds=0.2)
+    with world.http(url).stream("POST", "/v1/completions", json={**TEXT, "prompt": "long", "stream": True}) as first:
+        pieces = first.iter_raw()  # held: the connection closes with it
+        next(pieces)
+        answer = world.http(url).post("/v1/completions", json=TEXT)
+        assert code(answer) == (503, "overloaded") and "No turn" in answer.text
+    assert wait_until(lambda: world.http(url).post("/v1/completions", json=TEXT).status_code == 200)
+
+
+def test_a_keys_rate(world):
+    url = world.gateway(key_requests_per_minute=5)
+    answers = [world.http(url).post("/v1/completions", json=TEXT) for _ in range(6)]
+    assert [a.status_code for a in answers] == [200] * 5 + [429]
+    assert 1 <= int(answers[-1].headers["retry-after"]) <= 12
+    assert code(world.http(url).get("/v1/models")) == (429, "rate_limit_exceeded")
+    assert world.http(url, "globex").post("/v1/completions", json={**TEXT, "model": "globex:ann"}).status_code == 200
+
+
+def test_a_keys_tokens(world):
+    """What the engine counted is what counts: 12 a request, not the 256 that were possible."""
+    url = world.gateway(key_tokens_per_minute=40)
+    http = world.http(url)
+    codes = [http.post("/v1/completions", json={**TEXT, "max_tokens": 30}).status_code for _ in range(5)]
+    assert codes == [200] * 4 + [429]
+
+
+def test_a_bucket_refills():
+    now = [0.0]
+    bucket = Bucket(60, clock=lambda: now[0])
+    bucket.take(60)
+    assert bucket.wait_seconds(1) == pytest.approx(1) and bucket.wait_seconds() > 0
+    now[0] = 1.5
+    assert bucket.wait_seconds(1) == 0 == bucket.wait_seconds()
+    bucket.take(100)
+    assert bucket.wait_seconds() == pytest.approx(99.5)
+    now[0] = 1000
+    assert bucket.wait_seconds(60) == 0 and bucket.wait_seconds(61) > 0
+    bucket.take(-500)
+    assert bucket.level == 60
+
+
+@pytest.mark.parametrize("how", ["stream", "whole", "queued"])
+def test_a_client_that_leaves_takes_its_request_along(world, how):
+    url = world.gateway(running=1, key_concurrency=2)
+    http = world.http(url)
+    if how == "stream":
+        with http.stream("POST", "/v1/completions", json={**TEXT, "prompt": "long", "stream": True}) as answer:
+            pieces = answer.iter_raw()
+            next(pieces)
+    else:
+        with pytest.raises(httpx2.TimeoutException):
+            http.post("/v1/completions", json={**TEXT, "prompt": "silent"}, timeout=0.5)
+    assert wait_until(lambda: len(world.fake.cancelled) == 1)
+    limits = world.apps[0].state.gateway.limits
+    assert wait_until(lambda: all(k.running == 0 for k in limits._keys.values()) and not limits._slots.locked())
+    if how == "queued":
+        with http.stream("POST", "/v1/completions", json={**TEXT, "prompt": "long", "stream": True}) as answer:
+            pieces = answer.iter_raw()
+            next(pieces)
+            with pytest.raises(httpx2.TimeoutException):
+                world.http(url).post("/v1/completions", json=TEXT, timeout=0.3)
+            assert wait_until(lambda: limits._waiting == 0)
+            asked = len(world.fake.asked)
+        time.sleep(0.2)
+        assert len(world.fake.asked) == asked, "a request whose client left in the queue was sent to the engine"
+    assert http.post("/v1/completions", json=TEXT).status_code == 200

@@ -1,0 +1,116 @@
+"""/v1/models: versions, rollback, deletion with everything that belongs to it, loading."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.serving.gateway.conftest import adapter
+from veralib import UnknownName
+from veralib.serving.names import engine_name
+from veralib.store import open_store
+
+
+def say(http, name="acme:ann"):
+    return http.post("/v1/completions", json={"model": name, "prompt": "x"}).raise_for_status().json()["choices"][0]["text"]
+
+
+def test_rollback_is_one_call(world):
+    http = world.http(world.gateway())
+    world.store.put("acme:ann", adapter(1), notes={"loss": "2.5"})
+    found = http.get("/v1/models/acme:ann/versions").json()
+    assert found["current"] == 2 and [v["number"] for v in found["data"]] == [1, 2] and found["data"][1]["notes"]["loss"] == "2.5"
+    assert http.post("/v1/models/acme:ann/rollback", json={"version": 1}).json()["version"] == 3
+    assert world.store.get("acme:ann").config.seed == 0
+    assert say(http).startswith(engine_name(world.store, "acme:ann") + " says")
+    missing = http.post("/v1/models/acme:ann/rollback", json={"version": 9})
+    assert missing.status_code == 404 and "Known: 1, 2, 3" in missing.text
+
+
+def test_delete_takes_everything_along(world):
+    url = world.gateway()
+    http, other = world.http(url), world.http(url, "globex")
+    called = []
+
+    async def files(name):
+        called.append(name)
+        return {"files": 2, "jobs": 1}
+
+    world.apps[0].state.on_delete.append(files)
+    say(http), say(other, "globex:ann")
+    world.store.put("acme:ann", adapter())
+    say(http)
+    assert len([n for n in world.fake.loaded if n.startswith("acme:ann@")]) == 2
+    answer = http.delete("/v1/models/acme:ann").json()
+    assert answer == {
+        "id": "acme:ann",
+        "object": "model",
+        "deleted": True,
+        "removed": {"versions": 2, "files": 2, "jobs": 1, "loaded": 2},
+    }
+    assert called == ["acme:ann"] and [n.partition("@")[0] for n in world.fake.loaded] == ["globex:ann"]
+    with pytest.raises(UnknownName):
+        world.store.get("acme:ann")
+    again = http.delete("/v1/models/acme:ann")
+    assert again.status_code == 404 and called == ["acme:ann"]
+    assert http.delete("/v1/models/tiny-base").status_code == 403
+
+
+def test_ones_own_names_are_listed_while_the_engine_is_away(world):
+    http = world.http(world.gateway(ready=False, engine_url="http://127.0.0.1:9", model_name="base"))
+    assert [m["id"] for m in http.get("/v1/models").json()["data"]] == ["base", "acme:ann", "acme:bob"]
+    assert http.delete("/v1/models/acme:ann").json()["removed"] == {"versions": 1, "loaded": 0}
+
+
+def test_load_and_unload(world):
+    http = world.http(world.gateway())
+    assert http.post("/v1/load_lora_adapter", json={"lora_name": "acme:ann"}).json()["loaded"]
+    assert world.fake.loaded == {engine_name(world.store, "acme:ann")}
+    assert http.post("/v1/unload_lora_adapter", json={"lora_name": "acme:ann"}).json()["unloaded"] == 1
+    assert world.fake.loaded == set()
+    path = {"lora_name": "acme:ann", "lora_path": "/etc/passwd"}
+    assert http.post("/v1/load_lora_adapter", json=path).status_code == 400
+
+
+def test_a_put_between_question_and_answer_is_answered_by_the_new_version(world):
+    """The engine no longer knows the version that the gateway was told a moment before: it is asked for once more."""
+    http = world.http(world.gateway())
+    names = world.apps[0].state.gateway.names
+    old = engine_name(world.store, "acme:ann")
+    world.store.put("acme:ann", adapter())
+    new = engine_name(world.store, "acme:ann")
+    world.fake.known = {new}
+    inner, first = names.live, [old]
+
+    async def live(tenant, name):
+        return first.pop() if first else await inner(tenant, name)
+
+    names.live = live
+    assert say(http).startswith(f"{new} says")
+    assert [body["model"] for _, body in world.fake.asked] == [old, new]
+    world.fake.known = set()
+    assert http.post("/v1/completions", json={"model": "acme:ann", "prompt": "x"}).status_code == 404
+    assert len(world.fake.asked) == 4
+
+
+def test_a_store_that_is_damaged_fails_its_own_requests_only(world):
+    http = world.http(world.gateway())
+    (path,) = Path(world.store_path).glob("adapters/*/acme=3aann/*.vera")
+    path.write_bytes(b"x" * 100)
+    card = next(m for m in http.get("/v1/models").json()["data"] if m["id"] == "acme:ann")
+    assert card["damaged"] and card["created"] == 0
+    assert http.get("/v1/models/acme:ann").status_code == 422 and http.get("/v1/models/acme:ann/versions").status_code == 422
+    assert say(http, "acme:bob") and http.delete("/v1/models/acme:ann").json()["removed"] == {"versions": 1, "loaded": 0}
+    assert http.get("/v1/models/acme:ann").status_code == 404
+
+
+@pytest.mark.parametrize("kind", ["folder", "packed"])
+def test_a_page_of_a_store(tmp_path, kind):
+    store = open_store(tmp_path, kind)
+    names = ["acme:z", "acme:a", "acme:é", "acme:a" + "b" * 200, "Acme:b", "acme", "globex:a", "acme:" + "é" * 90]
+    store.put_many([(n, adapter()) for n in names])
+    own = sorted((n for n in names if n.startswith("acme:")), key=lambda n: n.encode())
+    assert store.page("acme:", limit=10) == own and store.page("acme:", own[1], 2) == own[2:4]
+    assert store.page("acme:", own[-1]) == [] == store.page("nobody:") and store.page("acme:", "globex:") == []
+    assert store.page(limit=100) == sorted(names, key=lambda n: n.encode())
+    found = store.latest("acme:z")
+    assert (found.number, found.bytes) == (1, store.versions("acme:z")[0].bytes)

@@ -1,0 +1,106 @@
+"""vera serve, as a process: it starts, takes keys while it runs, and lets streams end when it is told to end."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import httpx2
+import pytest
+
+from tests.serving.gateway.fake import wait_until
+from tests.test_cli import plain, vera
+
+TEXT = {"model": "tiny-base", "prompt": "x"}
+
+
+@pytest.fixture
+def server(world, tmp_path):
+    """(process, url) of a vera serve in front of the fake."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    settings = tmp_path / "serve.yaml"
+    settings.write_text(f"store: {world.store_path}\nstate: {world.state}\nport: 1\ndrain_delay: 0.5\ndrain_seconds: 5\n")
+    command = [sys.executable, "-m", "veralib.cli", "serve", "--settings", settings, "--port", str(port)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen([*command, "--engine-url", world.engine_url], env=environment, stderr=subprocess.DEVNULL)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        assert wait_until(lambda: _status(f"{url}/ready") == 200, 40)
+        yield process, url
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _status(url, **options):
+    try:
+        return httpx2.get(url, **options).status_code
+    except httpx2.HTTPError:
+        return None
+
+
+def test_keys_come_and_go_while_it_runs(world, server):
+    _, url = server
+    out = vera("serve", "keys", "add", "--prefix", "initech:", "--note", "trial", "--state", world.state)
+    key, id = re.search(r"^(sk-vera-(\w{12})-\S{43})$", out, re.MULTILINE).groups()
+    ask = {"headers": {"Authorization": f"Bearer {key}"}}
+    assert _status(f"{url}/v1/models", **ask) == 200
+    listed = plain(vera("serve", "keys", "list", "--state", world.state))
+    assert f"{id} initech:" in listed and "trial" in listed and key not in listed
+    assert f"revoked {id}" in vera("serve", "keys", "revoke", id, "--state", world.state)
+    assert _status(f"{url}/v1/models", **ask) == 401
+    assert 'prefix is "initech"' in vera("serve", "keys", "add", "--prefix", "initech", "--state", world.state, code=1)
+
+
+def test_sigterm_lets_streams_end(world, server):
+    process, url = server
+    http = world.http(url)
+    seen = []
+
+    def read():
+        with http.stream("POST", "/v1/completions", json={**TEXT, "prompt": "long", "stream": True}) as answer:
+            seen.extend(line for line in answer.iter_lines() if line)
+
+    reading = threading.Thread(target=read)
+    reading.start()
+    assert wait_until(lambda: world.fake.asked)
+    process.send_signal(signal.SIGTERM)
+    assert wait_until(lambda: _status(f"{url}/ready") == 503, 2), "a balancer must be told before the port closes"
+    assert world.http(url).post("/v1/completions", json=TEXT).status_code == 200, "requests on their way are still taken"
+    assert wait_until(lambda: _status(f"{url}/health") is None, 5)
+    began = time.monotonic()
+    reading.join()
+    assert seen[-1] == "data: [DONE]" and process.wait(10) == -signal.SIGTERM and time.monotonic() - began < 6
+
+
+def test_the_deadline_ends_what_never_ends(world, server):
+    process, url = server
+    sent = threading.Thread(target=lambda: _post(world, url), daemon=True)
+    sent.start()
+    assert wait_until(lambda: world.fake.asked)
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    process.wait(15)
+    assert 4 < time.monotonic() - began < 12
+    assert wait_until(lambda: world.fake.cancelled)
+
+
+def _post(world, url):
+    try:
+        world.http(url).post("/v1/completions", json={**TEXT, "prompt": "silent"})
+    except httpx2.HTTPError:
+        return
+
+
+def test_what_cannot_be_served_is_said_in_one_line(tmp_path):
+    assert "--store" in vera("serve", "--model", "m", code=1)
+    assert "--engine-url" in vera("serve", "--store", tmp_path / "s", code=1)
+    assert "everybody admin" in plain(vera("serve", "--store", "s", "--model", "m", "--no-auth", "--host", "0.0.0.0", code=1))
+    assert "max_tokens" in vera("serve", "--store", "s", "--model", "m", "--max-tokens", "many", code=1)
+    assert "can't read" in vera("serve", "--settings", tmp_path / "none.yaml", code=1)

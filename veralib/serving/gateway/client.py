@@ -1,0 +1,218 @@
+"""EngineClient: what the gateway asks an engine, over HTTP in vLLM's dialect, and what the engine's failures become."""
+
+import json
+import re
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import httpx2
+
+from ..names import NAME
+from .errors import LOG, ApiError, shown
+
+ENGINE_NAMES = re.compile(rf"{NAME.pattern}@\d{{1,18}}-[0-9a-f]{{12}}")
+ABOUT_SECONDS = 30.0
+
+
+class Where(Protocol):
+    """An engine, started by us or by somebody else. url is None while there is none; run changes with every start."""
+
+    url: str | None
+    key: str | None
+    run: int
+
+
+@dataclass(frozen=True)
+class About:
+    """The engine's base model. name: what the engine calls it. max_length: tokens of prompt and answer; None: unknown."""
+
+    name: str
+    max_length: int | None
+    created: int
+
+
+class EngineClient:
+    """Asks one engine. Every failure is an ApiError that holds nothing of the engine's own."""
+
+    def __init__(self, engine: Where, seconds: float, connections: int, hidden: tuple[str, ...] = ()) -> None:
+        self.engine = engine
+        self.hidden = tuple(h for h in hidden if h)
+        """Texts that no answer may hold: the paths of store, state and model."""
+        # trust_env=False: a proxy that is set for downloads isn't for the engine on this machine.
+        self._http = httpx2.AsyncClient(
+            timeout=httpx2.Timeout(seconds, connect=5.0, pool=5.0),
+            limits=httpx2.Limits(max_connections=connections, max_keepalive_connections=64),
+            trust_env=False,
+            headers={"Accept-Encoding": "identity"},
+        )
+        self._about: tuple[int, float, About] | None = None
+
+    async def close(self) -> None:
+        """Ends the connections."""
+        await self._http.aclose()
+
+    async def get(self, path: str, seconds: float | None = None) -> httpx2.Response:
+        """ApiError 503 or 504 where there is no answer."""
+        async with self._failing():
+            kind: dict[str, Any] = {"timeout": seconds} if seconds else {}
+            return await self._http.get(self._url(path), headers=self._headers(), **kind)
+
+    async def post(self, path: str, body: dict[str, Any]) -> httpx2.Response:
+        """The same."""
+        async with self._failing():
+            return await self._http.post(self._url(path), content=encode(body), headers=self._headers())
+
+    @asynccontextmanager
+    async def stream(self, path: str, body: dict[str, Any]) -> AsyncIterator[httpx2.Response]:
+        """The answer with its head read; leaving the block ends the request at the engine."""
+        async with (
+            self._failing(),
+            self._http.stream("POST", self._url(path), content=encode(body), headers=self._headers()) as answer,
+        ):
+            yield answer
+
+    async def healthy(self) -> bool:
+        """Whether the engine answers now."""
+        try:
+            return (await self.get("/health", seconds=2.0)).status_code == 200
+        except ApiError:
+            return False
+
+    async def about(self, fresh: bool = False) -> About:
+        """Asked again after a restart, and now and then."""
+        known = self._about
+        if known and not fresh and known[0] == self.engine.run and time.monotonic() - known[1] < ABOUT_SECONDS:
+            return known[2]
+        run = self.engine.run
+        for card in await self._cards():
+            if not card.get("parent") and ENGINE_NAMES.fullmatch(str(card.get("id"))) is None:
+                length, created = card.get("max_model_len"), card.get("created")
+                about = About(
+                    str(card["id"]), length if isinstance(length, int) else None, created if type(created) is int else 0
+                )
+                if known and known[2].name == about.name and known[0] == run:
+                    about = About(about.name, about.max_length, known[2].created)  # vLLM answers the present time
+                self._about = (run, time.monotonic(), about)
+                return about
+        raise ApiError(502, "The engine names no base model.", code="engine_error")
+
+    async def resident(self, name: str | None = None) -> list[str]:
+        """The engine's names of the versions that it has in memory, of one adapter or of all."""
+        found = [str(c.get("id")) for c in await self._cards()]
+        return [n for n in found if (n.startswith(f"{name}@") if name is not None else ENGINE_NAMES.fullmatch(n))]
+
+    async def forget(self, name: str) -> int:
+        """Unloads every version of an adapter; returns how many there were."""
+        names = await self.resident(name)
+        for each in names:
+            answer = await self.post("/v1/unload_lora_adapter", {"lora_name": each})
+            if answer.status_code not in (200, 400, 404):  # 400 and 404: gone meanwhile
+                raise self.failed(answer)
+        return len(names)
+
+    async def count_tokens(self, body: dict[str, Any]) -> int | None:
+        """Of a prompt or of messages; None where this engine can't say."""
+        answer = await self.post("/tokenize", body)
+        if answer.status_code in (404, 405, 501):
+            return None
+        if answer.status_code != 200:
+            raise self.failed(answer)
+        count = read_json(answer).get("count")
+        return count if isinstance(count, int) else None
+
+    async def metrics(self) -> str:
+        """The engine's page, "" where there is none."""
+        try:
+            answer = await self.get("/metrics", seconds=2.0)
+        except ApiError:
+            return ""
+        return answer.text if answer.status_code == 200 else ""
+
+    def failed(self, answer: httpx2.Response, asked: str = "", called: str = "") -> ApiError:
+        """The ApiError for an answer, whose body was read, that is none. asked: the name that the engine was asked for; called:
+        what the client calls it."""
+        status, message = answer.status_code, _message(answer)
+        if status in (400, 413, 422):
+            return ApiError(status, self.clean(message, asked, called), code="invalid_request")
+        if status in (429, 503):
+            return unavailable("The engine is overloaded.", code="overloaded")
+        LOG.warning("the engine answered %d: %s", status, shown(message, 2000))
+        return ApiError(502, f"The engine failed on this request (HTTP {status}).", code="engine_error")
+
+    def clean(self, text: str, asked: str, called: str) -> str:
+        """An engine's text as its client may read it: the name that the client knows, no other names, no paths."""
+        if asked:
+            text = text.replace(asked, called)
+        text = ENGINE_NAMES.sub("…", text)
+        for path in self.hidden:
+            text = text.replace(path, "…")
+        return shown(text, 2000)
+
+    async def _cards(self) -> list[dict[str, Any]]:
+        answer = await self.get("/v1/models")
+        if answer.status_code != 200:
+            raise self.failed(answer)
+        found = read_json(answer).get("data")
+        return [c for c in found if isinstance(c, dict)] if isinstance(found, list) else []
+
+    def _url(self, path: str) -> str:
+        if self.engine.url is None:
+            raise unavailable("The engine is starting.")
+        return self.engine.url + path
+
+    def _headers(self) -> dict[str, str]:
+        key = {"Authorization": f"Bearer {self.engine.key}"} if self.engine.key else {}
+        return {"Content-Type": "application/json", **key}
+
+    @asynccontextmanager
+    async def _failing(self) -> AsyncIterator[None]:
+        try:
+            yield
+        except (httpx2.ConnectTimeout, httpx2.PoolTimeout) as e:
+            raise unavailable("The engine doesn't take connections.") from e
+        except httpx2.TimeoutException as e:
+            raise ApiError(504, "The engine didn't answer in time.", code="engine_timeout") from e
+        except httpx2.HTTPError as e:
+            LOG.warning("the engine is gone: %r", e)
+            raise unavailable("The engine is gone; it is being started again.") from e
+
+
+def unavailable(message: str, code: str = "engine_unavailable") -> ApiError:
+    """503, with the advice to try again."""
+    return ApiError(503, message + " Try again in 2 seconds.", code=code, headers={"Retry-After": "2"})
+
+
+def encode(body: Any) -> bytes:
+    """ApiError 400 for what JSON's reader let in and no engine should get: NaN, half a surrogate pair, endless nesting."""
+    try:
+        return json.dumps(body, allow_nan=False, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as e:
+        raise ApiError(400, f"The request can't be written as JSON: {e}.", code="invalid_request") from None
+
+
+def read_json(answer: httpx2.Response) -> dict[str, Any]:
+    """The object that the engine answered. ApiError 502."""
+    try:
+        found = answer.json()
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise ApiError(502, "The engine's answer is no JSON object.", code="engine_error")
+    return found
+
+
+def _message(answer: httpx2.Response) -> str:
+    """vLLM's {"error": {"message"}}, its older {"message"}, and FastAPI's {"detail"}."""
+    try:
+        found = answer.json()
+    except ValueError:
+        return answer.text[:2000]
+    if isinstance(found, dict):
+        error = found.get("error")
+        for text in (error.get("message") if isinstance(error, dict) else error, found.get("message"), found.get("detail")):
+            if isinstance(text, str):
+                return text
+    return "The engine refused this request."

@@ -1,0 +1,97 @@
+"""Names: from the name that a client gives to the version that is live, and pages of a tenant's own names."""
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from ...errors import StoreError, UnknownName, nearest
+from ...store import Store, Version
+from ..names import engine_name, is_name
+from .errors import ApiError, shown
+from .tenants import Tenant
+
+T = TypeVar("T")
+NEAR_NAMES, NEAR_SECONDS, NEAR_TENANTS = 200, 30.0, 1000
+
+
+class Names:
+    """Asks the store, in threads of its own: a folder on a network may take its time.
+
+    Nothing of what the store says is kept, so a put is seen by the very next request. What a key doesn't own never reaches the
+    store at all: whether it is there shows neither in the answer nor in its time.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self._threads = ThreadPoolExecutor(8, "store")
+        self._near: OrderedDict[str, tuple[float, list[str]]] = OrderedDict()
+        self._looking = False
+
+    def close(self) -> None:
+        """Ends the threads."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def ask(self, call: Callable[..., T], *arguments: Any) -> T:
+        """A call of the store's, in a thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, call, *arguments)
+
+    async def live(self, tenant: Tenant, name: str) -> str:
+        """The engine's name of the version that is live. ApiError 404, StoreError."""
+        if self.owned(tenant, name):
+            try:
+                return await self.ask(engine_name, self.store, name)
+            except UnknownName:
+                pass
+        raise await self.unknown(tenant, name)
+
+    def owned(self, tenant: Tenant, name: str) -> bool:
+        """Whether it is worth asking the store for it."""
+        return is_name(name) and tenant.owns(name)
+
+    async def of_owner(self, tenant: Tenant, name: str, call: Callable[..., T], *arguments: Any) -> T:
+        """call(name, …) of the store's, for an adapter of the tenant's own. ApiError 404."""
+        if self.owned(tenant, name):
+            try:
+                return await self.ask(call, name, *arguments)
+            except UnknownName:
+                pass
+        raise await self.unknown(tenant, name)
+
+    async def unknown(self, tenant: Tenant, name: str) -> ApiError:
+        """The 404: the same for what isn't there and for what is somebody else's, with a near name of the tenant's own."""
+        near = nearest(name[:128], await self._own(tenant))
+        text = f'There is no model "{shown(name, 128)}" for this key.{near}'
+        return ApiError(404, text, code="model_not_found", param="model")
+
+    async def page(self, tenant: Tenant, after: str, limit: int) -> list[str]:
+        """The tenant's names behind `after`, in order."""
+        return await self.ask(self.store.page, tenant.prefix, after, limit)
+
+    async def latest(self, name: str) -> Version | None:
+        """About the current version; None where it was deleted or is damaged."""
+        try:
+            return await self.ask(self.store.latest, name)
+        except (UnknownName, StoreError):
+            return None
+
+    async def _own(self, tenant: Tenant) -> list[str]:
+        """Some names of the tenant's own, for near names: not always the newest, and looked up one tenant at a time, as a folder
+        store has to look at every name there is for it."""
+        known = self._near.get(tenant.prefix)
+        if known is not None and time.monotonic() - known[0] < NEAR_SECONDS:
+            return known[1]
+        if self._looking:
+            return known[1] if known else []
+        self._looking = True
+        try:
+            names = await self.page(tenant, "", NEAR_NAMES)
+        finally:
+            self._looking = False
+        self._near[tenant.prefix] = (time.monotonic(), names)
+        self._near.move_to_end(tenant.prefix)
+        while len(self._near) > NEAR_TENANTS:
+            self._near.popitem(last=False)
+        return names
