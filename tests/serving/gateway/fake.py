@@ -182,7 +182,9 @@ def main():
         parser.add_argument(name)
     parser.add_argument("--port", type=int)
     parser.add_argument("--die-at-start", action="store_true")
+    parser.add_argument("--start-seconds", type=float, default=0.0)
     given = parser.parse_args()
+    time.sleep(given.start_seconds)
     if given.die_at_start:
         raise SystemExit(3)
     fake = Fake(given.served_model_name)

@@ -32,7 +32,7 @@ def child(monkeypatch):
 
 
 def test_a_child_is_started_again_and_ends_with_the_gateway(world, child):
-    url = world.gateway(ready=False, engine_url=None, model="m", model_name="child-base")
+    url = world.gateway(ready=False, engine_url=None, model="m", model_name="child-base", engine_args="--start-seconds 3")
     http = world.http(url)
     early = http.post("/v1/completions", json=TEXT)
     assert early.status_code == 503 and early.headers["retry-after"] == "2" and http.get("/health").status_code == 200
@@ -52,6 +52,7 @@ def test_a_child_is_started_again_and_ends_with_the_gateway(world, child):
         os.kill(first, signal.SIGKILL)
         rest = [line for line in pieces if line]
     waiting.join()
+    assert wait_until(lambda: not looked_after.up, 3)
     assert json.loads(rest[-1].removeprefix("data: "))["error"]["code"] == "engine_unavailable"
     assert results[0].status_code == 503 and results[0].headers["retry-after"] and "engine_unavailable" in results[0].text
     assert wait_until(lambda: http.get("/ready").status_code == 200, 30)
