@@ -9,10 +9,13 @@ import asyncio
 import json
 import os
 import re
+import shlex
 import signal
+import sys
 import threading
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import uvicorn
 from fastapi import FastAPI, Request
@@ -176,6 +179,16 @@ def wait_until(true, seconds=10.0):
     return False
 
 
+def fake_python(folder):
+    """A program that a gateway takes for Python, and that runs the fake whatever module it is asked for."""
+    path = folder / "python"
+    root = Path(__file__).parents[3]
+    line = f'shift 2; cd {shlex.quote(str(root))}; exec {shlex.quote(sys.executable)} -m tests.serving.gateway.fake "$@"'
+    path.write_text(f"#!/bin/sh\n{line}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
 def main():
     parser = argparse.ArgumentParser()
     for name in ("--host", "--model", "--served-model-name", "--store"):
@@ -183,7 +196,7 @@ def main():
     parser.add_argument("--port", type=int)
     parser.add_argument("--die-at-start", action="store_true")
     parser.add_argument("--start-seconds", type=float, default=0.0)
-    given = parser.parse_args()
+    given, _ = parser.parse_known_args()
     time.sleep(given.start_seconds)
     if given.die_at_start:
         raise SystemExit(3)

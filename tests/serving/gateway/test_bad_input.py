@@ -59,6 +59,11 @@ def test_names_that_are_none(world, http, name):
     assert http.post("/v1/completions", json=TEXT).status_code == 200
 
 
+def test_a_name_of_10_megabytes(world, http):
+    check(http.post("/v1/completions", json={**TEXT, "model": "x" * 10_000_000}), 413, world)
+    check(http.post("/v1/unload_lora_adapter", json={"lora_name": "x" * 4_000_000}), 404, world)
+
+
 @pytest.mark.parametrize(
     "path",
     [

@@ -12,27 +12,18 @@ import httpx2
 import openai
 import pytest
 
-from tests.serving.gateway.fake import Fake, serving, wait_until
+from tests.serving.gateway.fake import Fake, fake_python, serving, wait_until
 from veralib.serving.gateway import engine
 from veralib.serving.gateway.settings import GatewaySettings
 
 TEXT = {"model": "acme:ann", "prompt": "x"}
 
 
-@pytest.fixture
-def child(monkeypatch):
-    """Gateways start the fake instead of an engine of ours."""
-
-    def command(settings, port):
-        where = ["--host", "127.0.0.1", "--port", str(port), "--model", settings.model, "--served-model-name", "child-base"]
-        return [sys.executable, "-m", "tests.serving.gateway.fake", *where, *settings.engine_args]
-
-    monkeypatch.setattr(engine, "command", command)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-
-
-def test_a_child_is_started_again_and_ends_with_the_gateway(world, child):
-    url = world.gateway(ready=False, engine_url=None, model="m", model_name="child-base", engine_args="--start-seconds 3")
+def test_a_child_is_started_again_and_ends_with_the_gateway(world, tmp_path):
+    python = fake_python(tmp_path)
+    url = world.gateway(
+        ready=False, engine_url=None, engine_python=python, model="m", model_name="child-base", engine_args="--start-seconds 3"
+    )
     http = world.http(url)
     early = http.post("/v1/completions", json=TEXT)
     assert early.status_code == 503 and early.headers["retry-after"] == "2" and http.get("/health").status_code == 200
@@ -63,8 +54,9 @@ def test_a_child_is_started_again_and_ends_with_the_gateway(world, child):
     assert wait_until(lambda: not Path(f"/proc/{second}").exists())
 
 
-def test_a_child_that_never_starts_is_tried_with_pauses(world, child):
-    url = world.gateway(ready=False, engine_url=None, model="m", engine_args="--die-at-start")
+def test_a_child_that_never_starts_is_tried_with_pauses(world, tmp_path):
+    python = fake_python(tmp_path)
+    url = world.gateway(ready=False, engine_url=None, engine_python=python, model="m", engine_args="--die-at-start")
     engine_of = world.apps[0].state.gateway.engine
     assert wait_until(lambda: engine_of.run >= 3, 30)
     assert httpx2.get(f"{url}/ready").status_code == 503 and httpx2.get(f"{url}/health").status_code == 200

@@ -10,9 +10,10 @@ import threading
 import time
 
 import httpx2
+import psutil
 import pytest
 
-from tests.serving.gateway.fake import wait_until
+from tests.serving.gateway.fake import fake_python, wait_until
 from tests.test_cli import plain, vera
 
 TEXT = {"model": "tiny-base", "prompt": "x"}
@@ -89,6 +90,28 @@ def test_the_deadline_ends_what_never_ends(world, server):
     process.wait(15)
     assert 4 < time.monotonic() - began < 12
     assert wait_until(lambda: world.fake.cancelled)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel of Linux alone tells a child that its parent is gone")
+def test_a_gateway_that_is_killed_takes_its_engine_along(world, tmp_path):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    given = {"store": world.store_path, "state": world.state, "model": "m", "engine-python": fake_python(tmp_path), "port": port}
+    command = [sys.executable, "-m", "veralib.cli", "serve", "--no-auth"]
+    command += [part for name, value in given.items() for part in (f"--{name}", str(value))]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    for _ in range(2):  # the second one serves what the first one left
+        process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+        try:
+            assert wait_until(lambda: _status(f"http://127.0.0.1:{port}/ready") == 200, 40)
+            engines = [p for p in psutil.Process(process.pid).children(recursive=True) if "--served-model-name" in p.cmdline()]
+            answer = httpx2.post(f"http://127.0.0.1:{port}/v1/completions", json={"model": "acme:ann", "prompt": "x"})
+            assert answer.status_code == 200 and len(engines) == 1
+        finally:
+            process.kill()
+            process.wait()
+        assert wait_until(lambda engine=engines[0]: not engine.is_running())
 
 
 def _post(world, url):
