@@ -1,5 +1,6 @@
 """/v1/models: versions, rollback, deletion with everything that belongs to it, loading."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -114,3 +115,17 @@ def test_a_page_of_a_store(tmp_path, kind):
     assert store.page(limit=100) == sorted(names, key=lambda n: n.encode())
     found = store.latest("acme:z")
     assert (found.number, found.bytes) == (1, store.versions("acme:z")[0].bytes)
+
+
+def test_a_packed_store_is_served_alike(world, tmp_path):
+    """Its lookups run in several threads, each with a connection to the index of its own."""
+    store = open_store(tmp_path / "packed", "packed")
+    store.put_many([(f"acme:n{k:03}", adapter()) for k in range(150)] + [("globex:x", adapter())])
+    http = world.http(world.gateway(store=str(tmp_path / "packed")))
+    with ThreadPoolExecutor(8) as pool:
+        texts = list(pool.map(lambda k: say(http, f"acme:n{k:03}"), range(40)))
+    assert all(t.startswith(engine_name(store, f"acme:n{k:03}") + " says") for k, t in enumerate(texts))
+    page = http.get("/v1/models", params={"limit": 1000}).json()
+    assert len(page["data"]) == 151 and not page["has_more"] and {m.get("version") for m in page["data"][1:]} == {1}
+    store.put("acme:n000", adapter())
+    assert say(http, "acme:n000").startswith("acme:n000@2-")

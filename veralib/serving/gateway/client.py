@@ -176,7 +176,7 @@ class EngineClient:
         except httpx2.TimeoutException as e:
             raise ApiError(504, "The engine didn't answer in time.", code="engine_timeout") from e
         except httpx2.HTTPError as e:
-            LOG.warning("the engine is gone: %r", e)
+            LOG.debug("the engine is gone: %r", e)  # whoever looks after the engine says so once
             raise unavailable("The engine is gone; it is being started again.") from e
 
 
