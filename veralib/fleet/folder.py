@@ -3,6 +3,7 @@
 run.json             the settings, and the labels where there are heads
 owners-<rank>.jsonl  a line for each owner that ended, written after its adapter is in the store
 standing-<rank>.safetensors   those in a slot, every minute
+progress-<rank>.jsonl         their steps and losses, where progress_seconds is set
 """
 
 import json
@@ -21,6 +22,7 @@ from .settings import FleetSettings
 
 # What may differ between two runs into one folder: none of it changes what an owner's adapter becomes.
 FREE = {"output", "data", "split", "data_config", "slots", "batch_rows", "plot", "keep_data", "store_kind", "precision"}
+FREE |= {"progress_seconds"}
 TENSORS = ("row", "exp_avg", "exp_avg_sq", "best_row")
 
 
