@@ -11,11 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from tests.training import tiny
 from veralib import ConfigError, DataError
+from veralib.cli import build
 from veralib.fleet import folder as files
 from veralib.fleet.data import read_owners
+from veralib.fleet.folder import forget_owner
 from veralib.fleet.run import train_fleet
 from veralib.fleet.settings import FleetSettings
 from veralib.store import open_store
@@ -136,30 +139,25 @@ def test_sigterm_saves_where_everyone_stands(make, tmp_path):
     assert set(stood) == {"ann", "bob", "gone"} and stood["ann"]["taken"] >= 4
     assert not (tmp_path / "run/fleet.json").exists()
     # One of them is deleted meanwhile: nothing of it stays, and the others end where they would have ended.
-    alone = make([r for r in rows if r["owner"] != "gone"], "run", epochs=60, progress_seconds=0)
-    result = train_fleet(alone)
-    assert set(result.owners) == {"ann", "bob"} and b"gone" not in b"".join(
-        p.read_bytes() for p in Path(alone.output).glob("*safet*")
-    )
-    train_fleet(make([r for r in rows if r["owner"] != "gone"], "whole", epochs=60))
+    assert "2 things" in CliRunner().invoke(build(), ["fleet", "forget", str(tmp_path / "run"), "gone"]).output
+    assert set(files.standing(tmp_path / "run")) == {"ann", "bob"}
+    left = [r for r in rows if r["owner"] != "gone"]
+    result = train_fleet(make(left, "run", epochs=60, progress_seconds=0))
+    assert set(result.owners) == {"ann", "bob"}
+    train_fleet(make(left, "whole", epochs=60))
     stores = [open_store(tmp_path / f / "store") for f in ("run", "whole")]
     for name in ("ann", "bob"):
         torch.testing.assert_close(flat(stores[0], name), flat(stores[1], name), rtol=1e-2, atol=1e-3)
         assert result.owners[name]["steps"] == 120
 
 
-def test_what_stood_of_a_deleted_owner_is_forgotten_at_once(make, tmp_path):
-    from veralib.fleet.progress import Stop
-
-    rows = [r for owner in ("ann", "gone") for r in sentences(owner, 10)]
-    settings = make(rows, "run", epochs=4)
-    from veralib.fleet import run
-
-    stop = Stop()
-    stop.asked = True
-    with pytest.raises(SystemExit):
-        run._train(settings, None, lambda line: None, stop)
-    assert set(files.standing(tmp_path / "run")) == {"ann", "gone"}
-    with pytest.raises(SystemExit):  # at its first batch: nothing was saved since the start but what was forgotten
-        run._train(make(rows[:10], "run", epochs=4), None, lambda line: None, stop)
-    assert set(files.standing(tmp_path / "run")) == {"ann"}
+def test_nothing_stays_of_an_owner_that_is_forgotten(make, tmp_path):
+    train_fleet(make(sentences("ann", 6) + sentences("zebra7", 6), "run", progress_seconds=0))
+    folder = tmp_path / "run"
+    before = flat(open_store(folder / "store"), "ann")
+    assert any(b"zebra7" in p.read_bytes() for p in folder.rglob("*") if p.is_file())
+    assert forget_owner(folder, "zebra7") == 4  # a version, kept rows, a line, the entry of fleet.json
+    assert not [p for p in folder.rglob("*") if "zebra7" in p.name or (p.is_file() and b"zebra7" in p.read_bytes())]
+    assert torch.equal(flat(open_store(folder / "store"), "ann"), before) and set(files.ended(folder)) == {"ann"}
+    printed = CliRunner().invoke(build(), ["fleet", "forget", str(folder), "zebra7"])
+    assert printed.exit_code == 1 and "holds nothing of" in printed.output

@@ -6,7 +6,7 @@ import json
 import os
 import random
 import time
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -111,7 +111,7 @@ def _train(settings: FleetSettings, rows: OwnerRows | None, progress: Progress, 
     starts = Starts(open_store(settings.start_from) if settings.start_from else None, start)
     trainer = FleetTrainer(fleet, optimizer, _plan(settings), base.tokenizer.pad_token_id or 0, starts)
     also = ProgressFile(output / f"progress-{rank}.jsonl", settings.progress_seconds)
-    trainer.on_step = standing = _Standing(output, rank, fleet, stop, also, owners.rows)
+    trainer.on_step = standing = _Standing(output, rank, fleet, stop, also)
     trainer.saved = standing.saved()
     for name in mine if settings.keep_data else ():
         with contextlib.suppress(DataError):  # can't be read: prepare() notes why
@@ -251,7 +251,7 @@ def rows_hash(rows: Sequence[Mapping[str, Any]]) -> str:
 class _Standing:
     """Writes where the owners in a slot stand, every STANDING_SECONDS and before a stop; whose: a process's rank, or "shared".
 
-    also: called after each batch. known: the owners there are; what stood of another, deleted meanwhile, is forgotten.
+    also: called after each batch.
     """
 
     def __init__(
@@ -261,9 +261,8 @@ class _Standing:
         fleet: Fleet,
         stop: Stop,
         also: Callable[[FleetTrainer], None] = lambda trainer: None,
-        known: Container[str] | None = None,
     ) -> None:
-        self.output, self.whose, self.last, self.stop, self.also, self.known = output, whose, time.monotonic(), stop, also, known
+        self.output, self.whose, self.last, self.stop, self.also = output, whose, time.monotonic(), stop, also
         hashes = fleet.vera.inside.hashes_of(fleet.bank.layout.by_layer)
         self.base = hashlib.sha256(repr(sorted(hashes.items())).encode()).hexdigest()[:16]
 
@@ -279,10 +278,6 @@ class _Standing:
     def saved(self) -> dict[str, dict[str, Any]]:
         """What an interrupted run left, on these base weights."""
         found = files.standing(self.output, shared=self.whose == "shared")
-        if self.known is not None and any(name not in self.known for name in found):
-            found = {name: state for name, state in found.items() if name in self.known}
-            if self.whose == 0:
-                files.save_standing(files.standing_file(self.output, 0), found)
         return {name: state for name, state in found.items() if state["base"] == self.base}
 
 
