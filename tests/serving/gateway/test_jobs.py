@@ -9,7 +9,7 @@ import pytest
 import torch
 from openai import BadRequestError, NotFoundError, RateLimitError
 
-from tests.serving.gateway.workplace import BASE, Workplace, chats, make_model
+from tests.serving.gateway.workplace import BASE, Workplace, chats, make_adapter, make_model
 from veralib.fleet.run import train_fleet
 from veralib.fleet.settings import FleetSettings
 
@@ -111,22 +111,23 @@ def test_jobs_of_many_users_share_one_run_and_each_fails_for_itself(place):
     assert status(acme, cat).status == status(acme, other).status == "running" and status(acme, later).status == "queued"
     failed = status(acme, gone)
     assert failed.status == "failed" and failed.error.code == "file_deleted" and failed.fine_tuned_model is None
+    acme.fine_tuning.jobs.cancel(other.id)
     place.work()
-    assert [status(c, j).status for c, j in ((acme, cat), (acme, later), (evil, dog), (acme, other))] == ["succeeded"] * 4
+    assert [status(c, j).status for c, j in ((acme, cat), (acme, later), (evil, dog))] == ["succeeded"] * 3
     failed = status(evil, bad)
     assert failed.status == "failed" and failed.error.code == "unusable_data"
     assert "no row of the rows of owner" in failed.error.message and "acme" not in failed.error.message
-    assert sorted(place.store.names()) == ["acme:cat", "acme:other", "evil:cat"]
+    assert sorted(place.store.names()) == ["acme:cat", "evil:cat"]
     assert [v.notes["job"] for v in place.store.versions("acme:cat")] == [cat.id, later.id]
     assert not torch.equal(flat(place.store, "acme:cat"), flat(place.store, "evil:cat"))
 
 
-def test_validation_file_and_another_adapter_to_begin_from(place):
+def test_validation_file_and_another_adapter_to_begin_from(place, model):
     client = place.openai()
-    first = client.fine_tuning.jobs.create(model=BASE, training_file=place.upload(chats(8)), suffix="ann")
-    place.work()
+    place.store.put("acme:ann", make_adapter(model))
     train, held = place.upload(chats(6, 1)), place.upload(chats(3, 2))
-    job = client.fine_tuning.jobs.create(model="acme:ann", training_file=train, validation_file=held, suffix="bob", hyperparameters={"n_epochs": 3})  # fmt: skip
+    fields = dict(training_file=train, validation_file=held, hyperparameters={"n_epochs": 3})
+    job = client.fine_tuning.jobs.create(model="acme:ann", suffix="bob", **fields)
     with pytest.raises(BadRequestError) as e:
         client.fine_tuning.jobs.create(model="acme:ann", training_file=train, suffix="ann:x/y")
     assert e.value.response.json()["error"]["param"] == "suffix"
@@ -135,7 +136,7 @@ def test_validation_file_and_another_adapter_to_begin_from(place):
     assert job.status == "succeeded" and job.fine_tuned_model == "acme:bob" and job.hyperparameters.n_epochs == 3
     notes = place.store.versions("acme:bob")[0].notes
     assert (notes["examples"], notes["held_out"], notes["went_on_from"]) == ("6", "3", "acme:ann")
-    assert place.store.current("acme:ann") == 1 and client.fine_tuning.jobs.retrieve(first.id).status == "succeeded"
+    assert place.store.current("acme:ann") == 1
     with pytest.raises(BadRequestError, match='There is a "acme:bob" already'):
         client.fine_tuning.jobs.create(model="acme:ann", training_file=train, suffix="bob")
 
@@ -193,16 +194,19 @@ def test_bad_requests(quiet):
     file = quiet.upload(chats(4))
     good = {"model": BASE, "training_file": file}
     for changes, param in [
-        ({"suffix": "a/b"}, "suffix"), ({"suffix": "../x"}, "suffix"), ({"suffix": "a\x00"}, "suffix"), ({"suffix": "а"}, "suffix"),
+        ({"suffix": "a/b"}, "suffix"), ({"suffix": "../x"}, "suffix"), ({"suffix": "a\x00"}, "suffix"),
+        ({"suffix": "а"}, "suffix"),
         ({"suffix": ""}, "suffix"), ({"suffix": "x" * 65}, "suffix"), ({"suffix": "a@1-0"}, "suffix"), ({"suffix": 5}, "suffix"),
         ({"seed": -1}, "seed"), ({"seed": 1.5}, "seed"), ({"seed": True}, "seed"), ({"seed": 10**30}, "seed"),
         ({"hyperparameters": {"n_epochs": 0}}, "n_epochs"), ({"hyperparameters": {"n_epochs": "many"}}, "n_epochs"),
         ({"hyperparameters": {"batch_size": 1e9}}, "batch_size"), ({"hyperparameters": {"batch_size": True}}, "batch_size"),
         ({"hyperparameters": {"learning_rate_multiplier": -1}}, "learning_rate_multiplier"),
         ({"hyperparameters": {"rank": 4}}, "rank"), ({"hyperparameters": []}, "hyperparameters"),
-        ({"method": {"type": "dpo", "dpo": {}}}, "method"), ({"method": {"type": "supervised"}, "hyperparameters": {}}, "hyperparameters"),
+        ({"method": {"type": "dpo", "dpo": {}}}, "method"), 
+        ({"method": {"type": "supervised"}, "hyperparameters": {}}, "hyperparameters"),
         ({"integrations": [{"type": "wandb"}]}, "integrations"), ({"metadata": {str(i): "" for i in range(17)}}, "metadata"),
-        ({"model": "evil:x"}, "model"), ({"model": "acme:none"}, "model"), ({"model": "../.."}, "model"), ({"model": None}, "model"),
+        ({"model": "evil:x"}, "model"), ({"model": "acme:none"}, "model"), ({"model": "../.."}, "model"),
+        ({"model": None}, "model"),
         ({"training_file": "file-none"}, "training_file"), ({"training_file": "../../keys/x"}, "training_file"),
         ({"validation_file": "file-" + "0" * 40}, "validation_file"), ({"nonsense": 1}, "nonsense"),
     ]:  # fmt: skip

@@ -9,6 +9,7 @@ from openai import OpenAI
 from starlette.testclient import TestClient
 
 from tests.training import tiny
+from veralib import VeraConfig, attach
 from veralib.serving.gateway import errors, learning, routes_files, routes_jobs
 from veralib.serving.gateway.auth import tenant_of
 from veralib.serving.gateway.learning import Learning, LearningSettings
@@ -42,7 +43,9 @@ class Workplace:
     def __init__(self, folder: Path, model: Path | str = "nowhere", **settings) -> None:
         self.folder = folder
         self.store: Store = open_store(folder / "served")
-        fields = dict(rank=8, epochs=2, lr=2e-2, gather_seconds=0.0, threads=1, progress_seconds=0.0, batch_rows=8, slots=4)
+        fields = dict(
+            rank=8, epochs=2, lr=2e-2, gather_seconds=0.0, threads=1, nice=0, progress_seconds=0.0, batch_rows=8, slots=4
+        )
         self.settings = LearningSettings(str(model), BASE, **(fields | settings))
         self.learning = Learning(folder / "state", self.store, self.settings)
         self.app = FastAPI()
@@ -82,4 +85,16 @@ class Workplace:
 
 
 def make_model(folder: Path) -> Path:
+    """What jobs train on."""
     return tiny.make_llama(folder)
+
+
+def make_adapter(model: Path):
+    """An adapter that a job can go on from."""
+    from transformers import AutoModelForCausalLM
+
+    vera = attach(AutoModelForCausalLM.from_pretrained(model), VeraConfig(rank=8, targets="all-linear"))
+    for d, b in vera.adapter().vectors.values():
+        d += 0.01
+        b += 0.01
+    return vera.adapter()

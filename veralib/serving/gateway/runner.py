@@ -128,14 +128,14 @@ class _Carrying:
         while training.is_alive(self.folder) and not self.runner._ending.wait(POLL_SECONDS):
             self._collect()
             self._renew()
-            self._show_progress()
             if self.process is not None and self.process.poll() is not None:
                 return
             if self._deleted() or not self._open_jobs():
                 return
 
     def _collect(self) -> None:
-        """Settles the jobs whose adapters are in the staging store."""
+        """Shows how far the jobs are, and settles those whose adapters are in the staging store."""
+        self._show_progress()
         entries = {entry.name: entry for entry in self.run.entries}
         for line in _lines(self.folder / "fleet/owners-0.jsonl"):
             entry = entries.get(line["name"])
@@ -158,14 +158,16 @@ class _Carrying:
 
     def _show_progress(self) -> None:
         lines = _lines(self.folder / "fleet/progress-0.jsonl")
-        for line in lines[max(self.shown, len(lines) - 1) :]:  # of several, the last says all
-            for entry in self.run.entries:
-                at = line["owners"].get(entry.name)
-                job = None if at is None or entry.job in self.settled else self.runs.job(entry)
-                if at is not None and job is not None and not self.learning.jobs.has_ended(job):
-                    loss = "" if at["loss"] is None else f": training loss={at['loss']:.4f}"
-                    data = {"step": at["steps"], "total_steps": at["of"], "train_loss": at["loss"]}
-                    self.learning.jobs.tell(job, f"Step {at['steps']}/{at['of']}{loss}", data=data)
+        latest: dict[str, dict[str, Any]] = {}
+        for line in lines[self.shown :]:
+            latest |= line["owners"]
+        for entry in self.run.entries if latest else ():
+            at = latest.get(entry.name)
+            job = None if at is None or entry.job in self.settled else self.runs.job(entry)
+            if at is not None and job is not None and not self.learning.jobs.has_ended(job):
+                loss = "" if at["loss"] is None else f": training loss={at['loss']:.4f}"
+                data = {"step": at["steps"], "total_steps": at["of"], "train_loss": at["loss"]}
+                self.learning.jobs.tell(job, f"Step {at['steps']}/{at['of']}{loss}", data=data)
         self.shown = len(lines)
 
     def _finish(self, unusable: dict[str, str]) -> None:
