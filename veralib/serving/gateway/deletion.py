@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ...errors import UnknownName
+from ...errors import StoreError, UnknownName
 from ...store import open_store
 from . import training
 from .errors import ApiError
@@ -18,18 +18,26 @@ WAIT_SECONDS = 90.0
 
 
 def delete_owner(learning: Learning, name: str) -> dict[str, int]:
-    """Removes an adapter's versions, its jobs, the files that no other adapter's job uses, and its part of runs that train now.
+    """Removes an adapter: its versions in the store, and all that delete_jobs removes."""
+    counts = delete_jobs(learning, name)  # first: a job that still ran would put a new version
+    try:
+        versions = len(learning.store.versions(name))
+    except UnknownName:
+        return {"versions": 0, **counts}
+    except StoreError:  # what is damaged can be deleted too
+        versions = 1
+    learning.store.delete(name)
+    return {"versions": versions, **counts}
+
+
+def delete_jobs(learning: Learning, name: str) -> dict[str, int]:
+    """Removes an adapter's jobs, the files that no other adapter's job uses, and its part of runs that train now.
 
     runs_pending: runs of another gateway that didn't take it out in time; it goes with them when they end.
     """
-    counts = dict.fromkeys(("versions", "jobs", "files", "runs", "runs_pending"), 0)
+    counts = dict.fromkeys(("jobs", "files", "runs", "runs_pending"), 0)
     with learning.records.lock(name):  # whoever is about to promote sees that the job is gone
         jobs = learning.jobs.of_owner(name)
-        try:
-            counts["versions"] = len(learning.store.versions(name))
-            learning.store.delete(name)
-        except UnknownName:
-            pass
         for job in jobs:
             learning.jobs.forget(job)
             counts["jobs"] += 1

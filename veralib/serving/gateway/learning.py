@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,8 +20,8 @@ from .records import Records
 class LearningSettings:
     """How jobs train. ConfigError lists every fault."""
 
-    model: str
-    """The base model that trains: hub id or folder; the one that the engine serves."""
+    model: str | None
+    """The base model that trains: hub id or folder; the one that the engine serves. None: no job is taken."""
     base_name: str
     """What clients call it."""
     revision: str | None = None
@@ -68,9 +68,9 @@ class LearningSettings:
         faults = [
             f"{name} is {getattr(self, name)!r}, expected a number above 0"
             for name in ("lr", "epochs", "batch_size", "max_length", "slots", "lease_seconds", "attempts", "max_owners")
-            if not getattr(self, name) > 0
+            if not _is_positive(getattr(self, name))
         ]
-        if not 0 < self.held_out < 1:
+        if not _is_positive(self.held_out) or self.held_out >= 1:
             faults.append(f"held_out is {self.held_out!r}, expected a share between 0 and 1: no version goes live unmeasured")
         if faults:
             raise ConfigError("jobs: " + "; ".join(faults) + ".")
@@ -79,6 +79,10 @@ class LearningSettings:
     def config(self) -> VeraConfig:
         """What an adapter that begins anew is."""
         return VeraConfig(rank=self.rank, targets=self.targets, seed=self.basis_seed, **self.options)
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, (int, float)) and value > 0
 
 
 class Learning:
@@ -92,7 +96,7 @@ class Learning:
 
 def install(app: FastAPI, learning: Learning) -> None:
     """Adds what learns to an application: the runner, from start to end, and what a deletion removes."""
-    from .deletion import delete_owner
+    from .deletion import delete_jobs
     from .runner import Runner
 
     runner = Runner(learning)
@@ -105,11 +109,29 @@ def install(app: FastAPI, learning: Learning) -> None:
             await asyncio.shield(asyncio.to_thread(runner.stop))
 
     async def forget(name: str) -> dict[str, int]:
-        return await asyncio.to_thread(delete_owner, learning, name)
+        return await asyncio.to_thread(delete_jobs, learning, name)
 
-    app.state.learning, app.state.runner = learning, runner
-    app.state.background.append(run)
+    app.state.learning = learning
+    if learning.settings.model is not None:
+        app.state.background.append(run)
     app.state.on_delete.append(forget)
+
+
+def read_settings(path: str | Path | None, model: str | None, base_name: str) -> LearningSettings:
+    """The settings of a YAML file, `name: value` lines; none, the defaults. ConfigError lists the fields that aren't known."""
+    values: Any = {}
+    if path is not None:
+        import yaml
+
+        try:
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        except (OSError, yaml.YAMLError, UnicodeDecodeError) as e:
+            raise ConfigError(f"can't read the settings of jobs in {path}: {e}") from e
+        known = {f.name for f in fields(LearningSettings)} - {"model", "base_name"}
+        if not isinstance(values, dict) or not values.keys() <= known:
+            wrong = ", ".join(map(str, set(values) - known)) if isinstance(values, dict) else type(values).__name__
+            raise ConfigError(f"{path} holds {wrong}, expected `name: value` lines with {', '.join(sorted(known))}.")
+    return LearningSettings(model, base_name, **values)
 
 
 def learning_of(request: Request) -> Learning:

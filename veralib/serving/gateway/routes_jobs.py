@@ -66,6 +66,8 @@ class JobRequest(_Body):
 @router.post("/v1/fine_tuning/jobs", responses=ERRORS)
 def create_job(body: JobRequest, tenant: Caller, here: Here) -> Response:
     """Trains an adapter on a file: a new one, or the next version of one that is there. It waits for others to share a run."""
+    if here.settings.model is None:
+        raise ApiError(400, "This gateway takes no jobs: it was started without --model.", code="training_off")
     name, start = _names(here, tenant, body)
     training = here.uploads.get(tenant, body.training_file, "training_file")
     validation = None if body.validation_file is None else here.uploads.get(tenant, body.validation_file, "validation_file")
