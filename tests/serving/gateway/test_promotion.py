@@ -198,6 +198,26 @@ def test_killed_with_its_training_neither_loses_a_job_nor_promotes_twice(tmp_pat
     assert not list(tmp_path.glob("state/runs/*")) and not list(tmp_path.glob("state/waiting/*"))
 
 
+def test_two_gateways_on_one_folder_share_the_work_and_promote_once(tmp_path, model):
+    places = [Workplace(tmp_path, model), Workplace(tmp_path, model)]
+    jobs = {}
+    for k, place in enumerate(places):
+        for n in range(2):
+            fields = dict(suffix=f"u{k}{n}", hyperparameters={"n_epochs": 2 + n})
+            made = place.openai().fine_tuning.jobs.create(model=BASE, training_file=place.upload(chats(6)), **fields)
+            jobs[f"acme:u{k}{n}"] = made.id
+    runners = [place.runner() for place in places]
+    for each in runners:
+        each.start()
+    try:
+        wait(lambda: len(list(places[0].store.names())) == 4 and not Runs(places[0].learning).all())
+    finally:
+        for each in runners:
+            each.stop()
+    assert {n: [v.notes["job"] for v in places[0].store.versions(n)] for n in jobs} == {n: [i] for n, i in jobs.items()}
+    assert {j.status for j in places[0].openai().fine_tuning.jobs.list()} == {"succeeded"}
+
+
 def test_a_run_that_always_fails_fails_its_jobs_and_no_other(tmp_path, model, monkeypatch):
     monkeypatch.setattr(runner, "BACKOFF_SECONDS", 0.0)
     broken = Workplace(tmp_path, tmp_path / "no-such-model", attempts=1)
@@ -228,15 +248,14 @@ def test_stopped_in_order_it_goes_on_where_it_stood(place):
 # Deletion
 
 
-def test_nothing_of_a_deleted_owner_is_left_anywhere(place):
+def test_nothing_of_a_deleted_owner_is_left_anywhere(place, adapter):
     """Not in files, jobs, versions or a run that trains; what others have stays, and their training goes on."""
     client = place.openai()
     secret = b"zebra7zebra7"
     mine = lambda: chats(8).replace(b"cat", secret)  # noqa: E731
     shared = place.upload(chats(8, 3))
-    client.fine_tuning.jobs.create(model=BASE, training_file=place.upload(mine()), suffix="secret-ann")
-    client.fine_tuning.jobs.create(model=BASE, training_file=shared, suffix="bob")
-    place.work()
+    for name in ("acme:secret-ann", "acme:bob"):
+        place.store.put(name, adapter)
     waiting = client.fine_tuning.jobs.create(model=BASE, training_file=place.upload(mine()), suffix="secret-ann")
     hyper = {"hyperparameters": {"n_epochs": 60}}
     client.fine_tuning.jobs.cancel(waiting.id)
@@ -248,7 +267,7 @@ def test_nothing_of_a_deleted_owner_is_left_anywhere(place):
         wait(lambda: list(place.folder.glob("state/runs/*/fleet/progress-0.jsonl")))
         assert secret in place.texts() and b"secret-ann" in place.texts()
         removed = delete_owner(place.learning, "acme:secret-ann")
-        assert removed == {"versions": 1, "jobs": 3, "files": 3, "runs": 1, "runs_pending": 0}
+        assert removed == {"versions": 1, "jobs": 2, "files": 2, "runs": 1, "runs_pending": 0}
         left = place.texts()
         assert secret not in left and b"secret-ann" not in left and b"secret=2dann" not in left and b"secret-ann" not in left
         wait(lambda: client.fine_tuning.jobs.retrieve(other.id).status not in ("queued", "running"))

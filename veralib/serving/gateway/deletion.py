@@ -10,7 +10,7 @@ from ...store import open_store
 from . import training
 from .errors import ApiError
 from .learning import Learning
-from .records import tenant_folder
+from .records import GATHER, tenant_folder
 from .runs import Entry, Run, Runs
 
 WAIT_SECONDS = 90.0
@@ -36,7 +36,8 @@ def delete_jobs(learning: Learning, name: str) -> dict[str, int]:
     runs_pending: runs of another gateway that didn't take it out in time; it goes with them when they end.
     """
     counts = dict.fromkeys(("jobs", "files", "runs", "runs_pending"), 0)
-    with learning.records.lock(name):  # whoever is about to promote sees that the job is gone
+    # Nobody gathers meanwhile, and whoever is about to promote sees that the job is gone.
+    with learning.records.lock(GATHER), learning.records.lock(name):
         jobs = learning.jobs.of_owner(name)
         for job in jobs:
             learning.jobs.forget(job)

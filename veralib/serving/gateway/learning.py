@@ -109,7 +109,8 @@ def install(app: FastAPI, learning: Learning) -> None:
             await asyncio.shield(asyncio.to_thread(runner.stop))
 
     async def forget(name: str) -> dict[str, int]:
-        return await asyncio.to_thread(delete_jobs, learning, name)
+        counts = await asyncio.to_thread(delete_jobs, learning, name)
+        return {what: count for what, count in counts.items() if count}
 
     app.state.learning = learning
     if learning.settings.model is not None:

@@ -26,6 +26,7 @@ def is_id(kind: str, text: str) -> bool:
 
 def page(
     items: Iterable[Item],
+    id_of: Callable[[Item], str],
     to_openai: Callable[[Item], dict[str, Any]],
     after: str | None,
     limit: int,
@@ -33,14 +34,14 @@ def page(
 ) -> dict[str, Any]:
     """At most `limit` of the items in the order of their ids, from behind `after`, which may have been deleted meanwhile."""
     down = order == "desc"
-    shapes = sorted((to_openai(item) for item in items), key=lambda shape: shape["id"], reverse=down)
+    left = sorted(items, key=id_of, reverse=down)
     if after is not None:
-        shapes = [shape for shape in shapes if (shape["id"] < after if down else shape["id"] > after)]
-    data = shapes[:limit]
+        left = [item for item in left if (id_of(item) < after if down else id_of(item) > after)]
+    data = [to_openai(item) for item in left[:limit]]
     return {
         "object": "list",
         "data": data,
         "first_id": data[0]["id"] if data else None,
         "last_id": data[-1]["id"] if data else None,
-        "has_more": limit < len(shapes),
+        "has_more": limit < len(left),
     }

@@ -41,7 +41,7 @@ def list_files(
 ) -> Response:
     """One's own files, the newest first."""
     found = [upload for upload in here.uploads.of_tenant(tenant) if purpose in (None, upload.purpose)]
-    return json_response(page(found, lambda upload: upload.to_openai(), after, limit, order))
+    return json_response(page(found, lambda u: u.id, lambda u: u.to_openai(), after, limit, order))
 
 
 @router.get("/v1/files/{file_id}", responses=ERRORS)

@@ -138,7 +138,7 @@ def list_jobs(
     limit: Annotated[int, Query(ge=1, le=1000)] = 20,
 ) -> Response:
     """One's own jobs, the newest first."""
-    return json_response(page(here.jobs.of_tenant(tenant), here.jobs.to_openai, after, limit))
+    return json_response(page(here.jobs.of_tenant(tenant), lambda job: job.id, here.jobs.to_openai, after, limit))
 
 
 @router.get("/v1/fine_tuning/jobs/{job_id}", responses=ERRORS)
@@ -168,11 +168,12 @@ def list_events(
     limit: Annotated[int, Query(ge=1, le=1000)] = 20,
 ) -> Response:
     """What happened to it, the newest first."""
-    return json_response(page(here.jobs.events(here.jobs.get(tenant, job_id)), lambda event: event, after, limit))
+    events = here.jobs.events(here.jobs.get(tenant, job_id))
+    return json_response(page(events, lambda event: event["id"], lambda event: event, after, limit))
 
 
 @router.get("/v1/fine_tuning/jobs/{job_id}/checkpoints", responses=ERRORS)
 def list_checkpoints(job_id: str, tenant: Caller, here: Here) -> Response:
     """None: a job keeps its end alone. Earlier versions of the adapter are at /v1/models/{name}/versions."""
     here.jobs.get(tenant, job_id)
-    return json_response(page([], dict, None, 1))
+    return json_response(page([], str, dict, None, 1))
