@@ -28,6 +28,7 @@ def flat(store, name: str, version: int | None = None) -> torch.Tensor:
     return torch.cat([t for pair in store.get(name, version).vectors.values() for t in pair])
 
 
+@pytest.mark.slow
 def test_upload_job_personal_model_and_on(place, model, tmp_path):
     """The loop, with the runner's thread and the real process. What is live equals what `vera fleet train` gives."""
     client = place.openai()
@@ -81,6 +82,7 @@ def test_upload_job_personal_model_and_on(place, model, tmp_path):
     assert not list(place.folder.glob("state/runs/*")) and not list(place.folder.glob("state/waiting/*"))
 
 
+@pytest.mark.slow
 def test_jobs_of_many_users_share_one_run_and_each_fails_for_itself(place):
     """One step of the runner: those alike train together; another batch size, another run."""
     acme, evil = place.openai(), place.openai("evil")

@@ -166,6 +166,7 @@ def wait(condition, seconds: float = 90.0):
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_killed_with_its_training_neither_loses_a_job_nor_promotes_twice(tmp_path, model):
     place = Workplace(tmp_path, model, lease_seconds=3.0)
     client = place.openai()
@@ -198,6 +199,7 @@ def test_killed_with_its_training_neither_loses_a_job_nor_promotes_twice(tmp_pat
     assert not list(tmp_path.glob("state/runs/*")) and not list(tmp_path.glob("state/waiting/*"))
 
 
+@pytest.mark.slow
 def test_two_gateways_on_one_folder_share_the_work_and_promote_once(tmp_path, model):
     places = [Workplace(tmp_path, model), Workplace(tmp_path, model)]
     jobs = {}
@@ -228,10 +230,11 @@ def test_a_run_that_always_fails_fails_its_jobs_and_no_other(tmp_path, model, mo
     assert not list(tmp_path.glob("state/runs/*"))
 
 
+@pytest.mark.slow
 def test_stopped_in_order_it_goes_on_where_it_stood(place):
     client = place.openai()
     job = client.fine_tuning.jobs.create(
-        model=BASE, training_file=place.upload(chats(12)), suffix="ann", hyperparameters={"n_epochs": 60}
+        model=BASE, training_file=place.upload(chats(12)), suffix="ann", hyperparameters={"n_epochs": 30}
     )
     worker = place.runner()
     worker.start()
@@ -248,6 +251,7 @@ def test_stopped_in_order_it_goes_on_where_it_stood(place):
 # Deletion
 
 
+@pytest.mark.slow
 def test_nothing_of_a_deleted_owner_is_left_anywhere(place, adapter):
     """Not in files, jobs, versions or a run that trains; what others have stays, and their training goes on."""
     client = place.openai()
