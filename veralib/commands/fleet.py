@@ -179,10 +179,31 @@ def update(
     update_owner(folder, owner, read_rows(data) if data else [], _say)
 
 
+def forget(
+    folder: str = Argument(help="The output folder of a run that isn't going on."),
+    owner: str = Argument(help="Whose adapter, kept rows and lines are removed."),
+) -> None:
+    """Remove one owner from a fleet: its adapter's versions, its kept rows, what the run wrote about it.
+
+    The data that the run was given are yours to remove.
+
+    Example:
+
+        vera fleet forget fleet ann
+    """
+    from ..fleet.folder import forget_owner
+
+    gone = forget_owner(Path(folder), owner)
+    if not gone:
+        raise ConfigError(f'{folder} holds nothing of an owner "{owner}": vera fleet status {folder} says who is there.')
+    print(f'"{owner}" is gone from {folder}: {gone} things were removed.')
+
+
 def build() -> Any:
     """The typer application of `vera fleet`."""
-    app = Typer(help="One adapter for each owner: train, status, update.", no_args_is_help=True)
+    app = Typer(help="One adapter for each owner: train, status, update, forget.", no_args_is_help=True)
     app.command("train")(fails_clearly(make_fleet_train()))
     app.command()(fails_clearly(status))
     app.command()(fails_clearly(update))
+    app.command()(fails_clearly(forget))
     return app

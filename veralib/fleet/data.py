@@ -98,11 +98,19 @@ def owner_data(
     longest: int,
     labels: Sequence[str] = (),
 ) -> OwnerData:
-    """One owner's examples, some of them held out by a hash of the example. DataError where no row can be learned.
+    """One owner's examples, some of them held out: those of marked rows (held_out_column), else by a hash of the example.
+    DataError where no row can be learned.
 
     So an example that trained once isn't held out later, when rows have joined. A text longer than max_length becomes several
     examples; they are what is drawn then, for a text may be the only row.
     """
+    marked = [settings.held_out_column is not None and _is_marked(row.get(settings.held_out_column), name) for row in rows]
+    if any(marked):
+        parts = [[row for row, m in zip(rows, marked, strict=True) if m is which] for which in (False, True)]
+        if not parts[0]:
+            raise DataError(f'every row of owner "{name}" is marked as held out: there is none to learn from')
+        where = f'the rows of owner "{name}"', f'the held-out rows of owner "{name}"'
+        return OwnerData(name, *(encode(p, tokenizer, single, labels, longest, w) for p, w in zip(parts, where, strict=True)))
     examples: list[Example] = list(encode(rows, tokenizer, single, labels, longest, f'the rows of owner "{name}"'))
     seen: Counter[str] = Counter()
     picked = _held_out([_place(settings.seed, name, e, seen) for e in examples], settings.held_out)
@@ -111,6 +119,14 @@ def owner_data(
         [e for i, e in enumerate(examples) if i not in picked],
         [e for i, e in enumerate(examples) if i in picked],
     )
+
+
+def _is_marked(value: Any, name: str) -> bool:
+    if isinstance(value, str):
+        value = {"": False, "0": False, "false": False, "1": True, "true": True}.get(value.strip().lower(), value)
+    if value not in (None, True, False):
+        raise DataError(f'the mark of a held-out row of owner "{name}" is {str(value)[:40]!r}, expected true, false, 1 or 0')
+    return bool(value)
 
 
 def _place(seed: int, name: str, example: Example, seen: Counter[str]) -> float:

@@ -3,6 +3,7 @@
 run.json             the settings, and the labels where there are heads
 owners-<rank>.jsonl  a line for each owner that ended, written after its adapter is in the store
 standing-<rank>.safetensors   those in a slot, every minute
+progress-<rank>.jsonl         their steps and losses, where progress_seconds is set
 """
 
 import json
@@ -16,11 +17,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ..errors import StateError
+from ..store import open_store
 from ..training.folder import write_json
+from .data import kept_file
 from .settings import FleetSettings
 
 # What may differ between two runs into one folder: none of it changes what an owner's adapter becomes.
 FREE = {"output", "data", "split", "data_config", "slots", "batch_rows", "plot", "keep_data", "store_kind", "precision"}
+FREE |= {"progress_seconds"}
 TENSORS = ("row", "exp_avg", "exp_avg_sq", "best_row")
 
 
@@ -117,11 +121,59 @@ def standing(folder: Path, shared: bool = False) -> dict[str, dict[str, Any]]:
     """Owner -> state, of every process of an interrupted run; or of its shared start."""
     found: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.glob("shared-standing.safetensors" if shared else "standing-*.safetensors")):
-        with safe_open(path, "pt") as f:
-            for i, numbers in enumerate(json.loads(f.metadata()["owners"])):
-                tensors: dict[str, torch.Tensor] = {k: f.get_tensor(f"{i}.{k}") for k in TENSORS if f"{i}.{k}" in f.keys()}  # noqa: SIM118
-                found[numbers["name"]] = {**numbers, **tensors}
+        found |= _standing_in(path)
     return found
+
+
+def _standing_in(path: Path) -> dict[str, dict[str, Any]]:
+    found = {}
+    with safe_open(path, "pt") as f:
+        for i, numbers in enumerate(json.loads(f.metadata()["owners"])):
+            tensors: dict[str, torch.Tensor] = {k: f.get_tensor(f"{i}.{k}") for k in TENSORS if f"{i}.{k}" in f.keys()}  # noqa: SIM118
+            found[numbers["name"]] = {**numbers, **tensors}
+    return found
+
+
+def forget_owner(folder: Path, name: str) -> int:
+    """Removes all that a fleet's folder holds of one owner, in its own store too; the run must not be going on. How many things
+    that were: versions, kept rows, lines, a place in a slot."""
+    settings, gone = read_settings(folder), 0
+    store = open_store(settings["store"] or folder / "store")
+    if name in store:
+        gone += len(store.versions(name))
+        store.delete(name)
+    if (kept := kept_file(folder, name)).exists():
+        kept.unlink()
+        gone += 1
+    for path in folder.glob("owners-*.jsonl"):
+        lines = list(_lines(path))
+        left = [line for line in lines if line["name"] != name]
+        gone += len(lines) - len(left)
+        _replace(path, "".join(json.dumps(line) + "\n" for line in left))
+    for path in folder.glob("progress-*.jsonl"):
+        left = [{**line, "owners": {n: at for n, at in line["owners"].items() if n != name}} for line in _lines(path)]
+        _replace(path, "".join(json.dumps(line) + "\n" for line in left))
+    for path in folder.glob("standing-*.safetensors"):
+        with safe_open(path, "pt") as f:
+            there = name in (numbers["name"] for numbers in json.loads(f.metadata()["owners"]))
+        if there:
+            save_standing(path, {n: state for n, state in _standing_in(path).items() if n != name})
+            gone += 1
+    if (folder / "fleet.json").exists():
+        result = json.loads((folder / "fleet.json").read_text(encoding="utf-8"))
+        for part in ("owners", "unusable"):
+            gone += result[part].pop(name, None) is not None
+        write_json(folder / "fleet.json", result)
+    return gone
+
+
+def _replace(path: Path, text: str) -> None:
+    partial = path.with_suffix(".partial")
+    with open(partial, "w", encoding="utf-8") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(partial, path)
 
 
 def forget_standing(folder: Path) -> None:

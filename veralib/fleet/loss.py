@@ -55,7 +55,11 @@ def owner_loss(
     weights: Mapping[str, float] | None = None,
 ) -> Tensor:
     """The sum of owner_losses over the owners: what to call backward on. weights: each one's factor, a loss scale say."""
-    losses = owner_losses(logits, labels, owners, counts)
+    return total(owner_losses(logits, labels, owners, counts), weights)
+
+
+def total(losses: Mapping[str, Tensor], weights: Mapping[str, float] | None = None) -> Tensor:
+    """The sum of owner_losses, each times its weight: what to call backward on. ConfigError where there are none."""
     if not losses:
         raise ConfigError("every row of this batch is the base model's: there is no owner to train.")
     if weights is not None:

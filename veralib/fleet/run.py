@@ -30,7 +30,9 @@ from .data import OwnerRows, keep_rows, prepare, read_owners
 from .fleet import Fleet
 from .heads import Heads, check_adapters, labels_of
 from .optimizer import FleetAdamW
+from .progress import STOPPED, ProgressFile, Stop, on_sigterm
 from .settings import FleetSettings
+from .starts import Starts
 from .trainer import FleetTrainer, OwnerResult, Plan
 
 STANDING_SECONDS = 60.0
@@ -77,8 +79,13 @@ def train_fleet(settings: FleetSettings, rows: OwnerRows | None = None, progress
 
     Started again it goes on: finished owners stay as they are, those in a slot go on where they stood a minute before, new ones
     join. Under torchrun each process takes its share of the owners; no gradient is exchanged. rows: the owners' rows where they
-    don't come from settings.data.
+    don't come from settings.data. SIGTERM saves where everyone stands and ends the process with code 143.
     """
+    with on_sigterm() as stop:
+        return _train(settings, rows, progress, stop)
+
+
+def _train(settings: FleetSettings, rows: OwnerRows | None, progress: Progress, stop: Stop) -> FleetResult:
     begun = time.perf_counter()
     rank, world = _join()
     output = Path(settings.output)
@@ -95,14 +102,16 @@ def train_fleet(settings: FleetSettings, rows: OwnerRows | None = None, progress
     heads = Heads(base.head, settings.head_per_owner)
     vera = attach(base.model)
     unusable = dict(owners.unusable)
-    shared = _shared_start(settings, owners, base, vera, output, rank, world, progress, labels)
+    shared = _shared_start(settings, owners, base, vera, output, rank, world, progress, labels, stop)
     start = heads.settle(base.model, shared)
     names = [n for n in owners.rows if n not in done]
     mine = [n for i, n in enumerate(owners.rows) if i % world == rank and n not in done]
     fleet = vera.fleet(heads.config(settings.vera_config(), shared), min(settings.slots, max(1, len(mine))))
     optimizer = _optimizer(settings, fleet, settings.lr)
-    trainer = FleetTrainer(fleet, optimizer, _plan(settings), base.tokenizer.pad_token_id or 0, start)
-    trainer.on_step = standing = _Standing(output, rank, fleet)
+    starts = Starts(open_store(settings.start_from) if settings.start_from else None, start)
+    trainer = FleetTrainer(fleet, optimizer, _plan(settings), base.tokenizer.pad_token_id or 0, starts)
+    also = ProgressFile(output / f"progress-{rank}.jsonl", settings.progress_seconds)
+    trainer.on_step = standing = _Standing(output, rank, fleet, stop, also)
     trainer.saved = standing.saved()
     for name in mine if settings.keep_data else ():
         with contextlib.suppress(DataError):  # can't be read: prepare() notes why
@@ -110,7 +119,7 @@ def train_fleet(settings: FleetSettings, rows: OwnerRows | None = None, progress
     # Those that stood in a slot first, so that what they had is used.
     mine.sort(key=lambda n: n not in trainer.saved)
     source = prepare(owners, mine, base.tokenizer, settings, base.max_length, unusable, labels)
-    for count, (one, adapter) in enumerate(trainer.run(source), 1):
+    for count, (one, adapter) in enumerate(trainer.run(starts.fitting(source, fleet, unusable)), 1):
         _enter(one, heads.whole(adapter, shared), store, output, rank, owners)
         if count % max(1, len(mine) // 20) == 0 or count == len(mine):
             progress(
@@ -168,6 +177,7 @@ def _shared_start(
     world: int,
     progress: Progress,
     labels: Sequence[str],
+    stop: Stop,
 ) -> Adapter | None:
     """One adapter on everybody's rows, trained as a fleet of one owner; kept in the output folder."""
     if not settings.shared_epochs:
@@ -179,7 +189,7 @@ def _shared_start(
         optimizer = _optimizer(settings, fleet, settings.shared_lr or settings.lr)
         plan = Plan(settings.shared_epochs, settings.batch_rows, settings.batch_rows, None, settings.seed)
         trainer = FleetTrainer(fleet, optimizer, plan, base.tokenizer.pad_token_id or 0)
-        trainer.on_step = standing = _Standing(output, "shared", fleet)
+        trainer.on_step = standing = _Standing(output, "shared", fleet, stop)
         trainer.saved = standing.saved()
         progress(f"shared start: {len(everybody.train)} rows of {count} owners")
         ((result, adapter),) = trainer.run([everybody])
@@ -239,18 +249,31 @@ def rows_hash(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 class _Standing:
-    """Writes where the owners in a slot stand, every STANDING_SECONDS; whose: a process's rank, or "shared"."""
+    """Writes where the owners in a slot stand, every STANDING_SECONDS and before a stop; whose: a process's rank, or "shared".
 
-    def __init__(self, output: Path, whose: int | str, fleet: Fleet) -> None:
-        self.output, self.whose, self.last = output, whose, time.monotonic()
+    also: called after each batch.
+    """
+
+    def __init__(
+        self,
+        output: Path,
+        whose: int | str,
+        fleet: Fleet,
+        stop: Stop,
+        also: Callable[[FleetTrainer], None] = lambda trainer: None,
+    ) -> None:
+        self.output, self.whose, self.last, self.stop, self.also = output, whose, time.monotonic(), stop, also
         hashes = fleet.vera.inside.hashes_of(fleet.bank.layout.by_layer)
         self.base = hashlib.sha256(repr(sorted(hashes.items())).encode()).hexdigest()[:16]
 
     def __call__(self, trainer: FleetTrainer) -> None:
-        if time.monotonic() - self.last >= STANDING_SECONDS:
+        self.also(trainer)
+        if self.stop.asked or time.monotonic() - self.last >= STANDING_SECONDS:
             state = {name: {**mine, "base": self.base} for name, mine in trainer.state().items()}
             files.save_standing(files.standing_file(self.output, self.whose), state)
             self.last = time.monotonic()
+        if self.stop.asked:
+            raise SystemExit(STOPPED)
 
     def saved(self) -> dict[str, dict[str, Any]]:
         """What an interrupted run left, on these base weights."""

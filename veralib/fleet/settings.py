@@ -35,6 +35,9 @@ class FleetSettings(BaseModel):
     max_length: int = Field(256, gt=1, description="Tokens a row at most.")
     chat_template: str | None = Field(None, description='A Jinja file, or "alpaca", where the tokenizer has no chat template.')
     held_out: float = Field(0.2, ge=0, lt=1, description="Share of each owner's rows that only measures; 0: none.")
+    held_out_column: str | None = Field(
+        None, description="Column that marks rows that only measure, with true or 1; nothing is drawn from who has such rows."
+    )
 
     revision: str | None = Field(None, description="Revision of a hub model.")
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field("float32", description="Type of the base's weights.")
@@ -66,11 +69,17 @@ class FleetSettings(BaseModel):
     )
     shared_examples: int = Field(100_000, gt=0, description="Examples that the shared start reads at most, an even draw of all.")
     shared_lr: float | None = Field(None, gt=0, description="Learning rate of the shared start; left out: lr.")
+    start_from: str | None = Field(
+        None, description="Store in which an owner's current adapter is what it begins from; who isn't in it begins anew."
+    )
     store: str | None = Field(None, description="Store to put the adapters in; left out: OUTPUT/store.")
     store_kind: Literal["folder", "packed"] = Field("folder", description="Form of a new store.")
     precision: Literal["float32", "bfloat16", "int8"] = Field("float32", description="Of d and b in a new store.")
     keep_data: bool = Field(True, description="Keep each owner's rows in OUTPUT/data, for updates and base upgrades.")
     plot: bool = Field(True, description="Draw plot.png (matplotlib).")
+    progress_seconds: float | None = Field(
+        None, ge=0, description="So often a line in OUTPUT/progress-*.jsonl says where each owner stands; left out: never."
+    )
 
     def __init__(self, **values: Any) -> None:
         fields = type(self).model_fields
@@ -95,7 +104,7 @@ class FleetSettings(BaseModel):
     def _split(cls, value: Any, info: Any) -> Any:
         return Settings._split(value, info)
 
-    @field_validator("model", "output", "store", mode="before")
+    @field_validator("model", "output", "store", "start_from", mode="before")
     @classmethod
     def _text(cls, value: Any) -> Any:
         return str(value) if isinstance(value, Path) else value
@@ -127,6 +136,8 @@ def _faults(s: FleetSettings) -> Iterator[str]:
             f"a new head for {s.task} starts at random: train one on everybody's rows, which all owners then use frozen "
             "(shared_epochs), or one for each owner (head_per_owner)"
         )
+    if s.start_from and s.task in ("classification", "regression") and not s.head_per_owner:
+        yield "start_from gives each owner its own adapter to begin from, and its head with it: set head_per_owner"
     for name in ("seed", "rank", "targets"):
         if name in s.options:
             yield f"options.{name} is set by {'basis_seed' if name == 'seed' else name}"

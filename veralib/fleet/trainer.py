@@ -12,7 +12,7 @@ from ..errors import ConfigError
 from ..training.tokens import IGNORED, collator
 from .batches import Example, Order, OwnerData, choose
 from .fleet import Fleet
-from .loss import owner_loss
+from .loss import owner_losses, total
 from .measure import Score, logits_of, on_device, scores
 from .optimizer import FleetAdamW
 
@@ -58,6 +58,8 @@ class OwnerResult:
     version: int | None = None
     """In the store."""
     bytes: int = 0
+    tokens: int = 0
+    """Of the rows that it trained on, each as often as it was read."""
 
     def to_dict(self) -> dict[str, Any]:
         return {k: None if v != v else v for k, v in asdict(self).items()}  # NaN is no JSON
@@ -72,6 +74,9 @@ class _Running:
     best: float = math.inf
     best_row: Tensor | None = None
     epochs_without: int = 0
+    tokens: int = 0
+    loss: Tensor | None = None
+    """Of its last step's rows."""
     ghost: bool = False
     """It diverged: its rows stay in the batches, unlabelled, so that those of the others are what they would have been."""
 
@@ -79,11 +84,20 @@ class _Running:
 class FleetTrainer:
     """Trains owners in a fleet. run(owners) yields each one's result as it ends, its adapter with it, and frees the slot.
 
-    The model is in eval mode: dropout would draw on one generator for all. start: an adapter that each owner begins from.
+    The model is in eval mode: dropout would draw on one generator for all. start: an adapter that each owner begins from, or
+    a function of its name that gives its own, or None.
     """
 
-    def __init__(self, fleet: Fleet, optimizer: FleetAdamW, plan: Plan, pad_id: int = 0, start: Adapter | None = None) -> None:
-        self.fleet, self.optimizer, self.plan, self.start = fleet, optimizer, plan, start
+    def __init__(
+        self,
+        fleet: Fleet,
+        optimizer: FleetAdamW,
+        plan: Plan,
+        pad_id: int = 0,
+        start: Adapter | Callable[[str], Adapter | None] | None = None,
+    ) -> None:
+        self.fleet, self.optimizer, self.plan = fleet, optimizer, plan
+        self.start: Callable[[str], Adapter | None] = start if callable(start) else lambda name: start
         self.model = fleet.vera.model
         self.collate = collator(pad_id)
         self.running: dict[str, _Running] = {}
@@ -114,7 +128,7 @@ class FleetTrainer:
         while self.fleet.free and (data := next(self._waiting, None)) is not None:
             if not data.train:
                 raise ConfigError(f'owner "{data.name}" has no rows to train on: leave it out.')
-            self.fleet.add(data.name, start=self.start)
+            self.fleet.add(data.name, start=self.start(data.name))
             order = Order(data, self.plan.owner_rows, self.plan.epochs, self.plan.seed)
             self.optimizer.plan(data.name, order.total)
             self.running[data.name] = _Running(order)
@@ -133,7 +147,7 @@ class FleetTrainer:
         for name, mine in self.running.items():
             row = self.fleet.bank.row(self.fleet.slot(name)).cpu().clone()
             best = {} if mine.best_row is None else {"best_row": mine.best_row.cpu()}
-            numbers = {k: getattr(mine, k) for k in ("before", "best", "epochs_without", "ghost")}
+            numbers = {k: getattr(mine, k) for k in ("before", "best", "epochs_without", "ghost", "tokens")}
             place = {"taken": mine.order.taken, "rows": mine.order.data.fingerprint()}
             out[name] = {**self.optimizer.state_of(name), **numbers, **best, **place, "row": row}
         return out
@@ -144,7 +158,7 @@ class FleetTrainer:
         self.optimizer.load_state_of(name, state)
         mine.order.taken = state["taken"]
         mine.before, mine.best, mine.epochs_without = state["before"], state["best"], state["epochs_without"]
-        mine.ghost = state["ghost"]
+        mine.ghost, mine.tokens = state["ghost"], state.get("tokens", 0)
         if "best_row" in state:
             mine.best_row = state["best_row"].to(self.fleet.bank.table)
 
@@ -160,7 +174,8 @@ class FleetTrainer:
         batch = self._batch(examples)
         with self.fleet.vera.rows(owners):
             logits = logits_of(self.model, batch)
-        owner_loss(logits, batch["labels"], owners, weights=self.optimizer.loss_scales).backward()
+        losses = owner_losses(logits, batch["labels"], owners)
+        total(losses, self.optimizer.loss_scales).backward()
         report = self.optimizer.step()
         self.optimizer.zero_grad()
         self.steps += 1
@@ -168,8 +183,11 @@ class FleetTrainer:
             self.fleet.reset(name)
             self.running[name].ghost = True
         for order in chosen:
+            mine = self.running[order.data.name]
             if order.data.name not in report.skipped:  # overflowed under the loss scale: the same rows again
+                mine.tokens += sum(len(e["input_ids"]) for e in order.rows())
                 order.taken += 1
+            mine.loss = losses[order.data.name].detach()
         yield from self._ended([o for o in chosen if o.data.name not in report.skipped])
         if self.on_step is not None:
             self.on_step(self)
@@ -208,8 +226,16 @@ class FleetTrainer:
                 len(data.validation),
                 after[name].accuracy if name in after else math.nan,
             )
+            result.tokens = mine.tokens
             self.fleet.remove(name)
             yield result, adapter
+
+    def standing(self) -> dict[str, dict[str, Any]]:
+        """For people: each owner in a slot, its steps taken, of how many, and the loss of the last one's rows."""
+        return {
+            name: {"steps": r.order.taken, "of": r.order.total, "loss": None if r.loss is None else float(r.loss)}
+            for name, r in self.running.items()
+        }
 
     def held_out_scores(self, names: Sequence[str]) -> dict[str, Score]:
         """Each owner's score on its held-out rows (its training rows where it has none), in mixed batches."""

@@ -17,6 +17,7 @@ from .client import EngineClient
 from .deletions import Deletions
 from .engine import make_engine
 from .keys import Keys
+from .learning import Learning, install, read_settings
 from .limits import Limits
 from .metrics import Metrics
 from .middleware import BodyLimits, Measure
@@ -24,7 +25,7 @@ from .models import Names
 from .settings import GatewaySettings
 from .state import Gateway
 
-ROUTERS = ("routes_generate", "routes_models", "routes_health")
+ROUTERS = ("routes_generate", "routes_models", "routes_health", "routes_files", "routes_jobs")
 """Modules beside this one, each with a `router`."""
 
 OnDelete = Callable[[str], Awaitable[dict[str, int]]]
@@ -67,6 +68,8 @@ def make_app(settings: GatewaySettings) -> FastAPI:
     app.state.on_delete = list[OnDelete]()
     app.state.background = list[Callable[[], Coroutine[Any, Any, None]]]()
     app.state.draining = False
+    learns = read_settings(settings.jobs, settings.model, settings.base_name or "")
+    install(app, Learning(settings.state, store, learns))
     errors.install(app)
     open_paths = OPEN | {"/metrics"} if settings.open_metrics else OPEN
     # The last one added is the first to see a request: who asks is known before a byte of the body is read.

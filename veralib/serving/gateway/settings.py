@@ -28,6 +28,10 @@ class GatewaySettings(BaseModel):
     auth: bool = Field(True, description="Ask for API keys. --no-auth: everybody is admin; refused unless the host is loopback.")
     open_metrics: bool = Field(False, description="Answer /metrics without the admin key.")
 
+    jobs: str | None = Field(
+        None, description="YAML file that says how fine-tuning jobs train; left out: with --model's defaults."
+    )
+
     engine: Literal["embedded", "vllm"] = Field("embedded", description="Engine to start as a child process.")
     engine_url: str | None = Field(None, description=f"An engine that runs already; its key, if any, in {ENGINE_KEY}.")
     engine_python: str | None = Field(None, description="Python that starts the engine, such as one of vLLM's own environment.")

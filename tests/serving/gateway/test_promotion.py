@@ -1,0 +1,295 @@
+"""A new version goes live only if it isn't worse, once, whatever dies in between; and all of an owner can be removed."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.serving.gateway.test_jobs import flat
+from tests.serving.gateway.workplace import BASE, Workplace, chats, make_adapter, make_model
+from veralib.serving.gateway import promotion, runner, training
+from veralib.serving.gateway.deletion import delete_owner
+from veralib.serving.gateway.runs import Entry, Runs
+from veralib.store import open_store
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return make_model(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture
+def place(tmp_path, model) -> Workplace:
+    return Workplace(tmp_path, model)
+
+
+@pytest.fixture(scope="module")
+def adapter(model):
+    return make_adapter(model)
+
+
+RESULT = {
+    **{"name": "acme:ann", "status": "trained", "examples": 6, "steps": 4, "held_out": 2, "tokens": 60},
+    **{"loss_before": 3.0, "loss_after": 2.0},
+}
+
+
+class Settling:
+    """A job that has trained, without the training."""
+
+    def __init__(self, place: Workplace, adapter) -> None:
+        self.place = place
+        self.staged = open_store(place.folder / "staged")
+        self.staged.put("acme:ann", adapter)
+
+    def job(self):
+        client = self.place.openai()
+        made = client.fine_tuning.jobs.create(model=BASE, training_file=self.place.upload(chats(4)), suffix="ann")
+        return self.place.learning.jobs.find("acme=3a", made.id)
+
+    def entry(self, job) -> Entry:
+        store = self.place.store
+        there = job.name in store
+        stamp = repr(store.stamp(job.name)) if there else None
+        return Entry(job.id, "acme=3a", job.name, stamp, store.current(job.name) if there else None)
+
+    def settle(self, job, entry=None, **changes):
+        promotion.settle(self.place.learning, job, entry or self.entry(job), {**RESULT, **changes}, self.staged)
+        return self.place.openai().fine_tuning.jobs.retrieve(job.id)
+
+
+@pytest.fixture
+def settling(tmp_path, adapter) -> Settling:
+    return Settling(Workplace(tmp_path), adapter)
+
+
+def test_what_is_worse_stays_out(settling):
+    store = settling.place.store
+    worse = settling.settle(settling.job(), loss_after=3.0001)
+    assert worse.status == "failed" and worse.error.code == "not_better" and "the base model's: 3.0000" in worse.error.message
+    assert worse.fine_tuned_model is None and "acme:ann" not in store and worse.trained_tokens == 60
+    assert settling.settle(settling.job(), loss_after=3.0).status == "succeeded"  # not worse is enough
+    worse = settling.settle(settling.job(), loss_after=3.5)
+    assert "version 1, which stays live" in worse.error.message and store.current("acme:ann") == 1
+    for changes, code in [
+        ({"status": "diverged"}, "diverged"), ({"held_out": 0}, "nothing_held_out"), ({"loss_after": None}, "not_measured"),
+        ({"loss_before": None}, "not_measured"),
+    ]:  # fmt: skip
+        assert settling.settle(settling.job(), **changes).error.code == code
+    assert store.current("acme:ann") == 1
+
+
+def test_a_version_that_went_live_meanwhile_is_not_overtaken(settling, adapter):
+    job = settling.job()
+    before = settling.entry(job)
+    settling.place.store.put("acme:ann", adapter)
+    assert settling.settle(job, before).error.code == "superseded"
+    job = settling.job()
+    before = settling.entry(job)
+    settling.place.store.delete("acme:ann")
+    assert settling.settle(job, before).error.code == "model_deleted"
+    assert list(settling.place.store.names()) == []
+
+
+def test_settled_again_nothing_happens(settling, monkeypatch):
+    store, job = settling.place.store, settling.job()
+    entry = settling.entry(job)
+    end = settling.place.learning.jobs.end
+
+    def crash(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(settling.place.learning.jobs, "end", crash)
+    with pytest.raises(KeyboardInterrupt):  # after the put, before the mark
+        settling.settle(job, entry)
+    assert store.current("acme:ann") == 1 and settling.place.openai().fine_tuning.jobs.retrieve(job.id).status == "queued"
+    monkeypatch.setattr(settling.place.learning.jobs, "end", end)
+    for _ in range(2):
+        assert settling.settle(job, entry).status == "succeeded"
+    assert store.current("acme:ann") == 1 and store.versions("acme:ann")[0].notes["job"] == job.id
+    store.put("acme:ann", store.get("acme:ann"))
+    store.rollback("acme:ann", 1)
+    assert promotion.version_of(store, job) == 1 and store.versions("acme:ann")[-1].notes["job"] == job.id
+
+
+def test_after_a_rollback_the_next_job_goes_on_from_the_version_that_is_live(place, adapter):
+    place.store.put("acme:ann", adapter)
+    place.store.put("acme:ann", replace(adapter, vectors={u: (2 * d, b) for u, (d, b) in adapter.vectors.items()}))
+    place.store.rollback("acme:ann", 1)
+    place.openai().fine_tuning.jobs.create(model=BASE, training_file=place.upload(chats(8, 2)), suffix="ann")
+    worker = place.runner()
+    worker.runs.gather()
+    (run,) = worker.runs.all()
+    assert run.entries[0].version == 3
+    start = open_store(place.folder / "state" / run.folder / "start")
+    assert torch.equal(flat(start, "acme:ann"), flat(place.store, "acme:ann", 1))
+    assert not torch.equal(flat(start, "acme:ann"), flat(place.store, "acme:ann", 2))
+
+
+# Crashes
+
+
+GATEWAY = """
+import sys
+from tests.serving.gateway.workplace import Workplace
+from pathlib import Path
+place = Workplace(Path(sys.argv[1]), sys.argv[2], lease_seconds=3.0)
+print("up", flush=True)
+place.work()
+"""
+
+
+@contextlib.contextmanager
+def gateway(folder: Path, model: Path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, "-c", GATEWAY, str(folder), str(model)], env=environment, cwd=ROOT)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def wait(condition, seconds: float = 90.0):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_killed_with_its_training_neither_loses_a_job_nor_promotes_twice(tmp_path, model):
+    place = Workplace(tmp_path, model, lease_seconds=3.0)
+    client = place.openai()
+    fields = dict(model=BASE, training_file=place.upload(chats(12)), hyperparameters={"n_epochs": 100})
+    jobs = [client.fine_tuning.jobs.create(suffix=f"u{i}", **fields) for i in range(3)]
+    progress = lambda: list(tmp_path.glob("state/runs/*/fleet/progress-0.jsonl"))  # noqa: E731
+    with gateway(tmp_path, model) as process:
+        wait(progress)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    (run,) = Runs(place.learning).all()
+    folder = place.learning.records.path(run.folder)
+    # Its training lives on; a second gateway waits for the lease, then for that process, and starts none beside it.
+    assert training.is_alive(folder)
+    second = place.runner()
+    assert not second._claim(run)
+    pid = (folder / "process.json").read_text()
+    second.start()
+    try:
+        wait(lambda: second.id in (folder / "lease.json").read_text())
+        time.sleep(1.0)
+        if training.is_alive(folder):
+            assert (folder / "process.json").read_text() == pid
+            training.stop(folder)  # and this one dies too
+        wait(lambda: not Runs(place.learning).all())
+    finally:
+        second.stop()
+    assert [client.fine_tuning.jobs.retrieve(j.id).status for j in jobs] == ["succeeded"] * 3
+    assert [[v.notes["job"] for v in place.store.versions(f"acme:u{i}")] for i in range(3)] == [[j.id] for j in jobs]
+    assert not list(tmp_path.glob("state/runs/*")) and not list(tmp_path.glob("state/waiting/*"))
+
+
+@pytest.mark.slow
+def test_two_gateways_on_one_folder_share_the_work_and_promote_once(tmp_path, model):
+    places = [Workplace(tmp_path, model), Workplace(tmp_path, model)]
+    jobs = {}
+    for k, place in enumerate(places):
+        for n in range(2):
+            fields = dict(suffix=f"u{k}{n}", hyperparameters={"n_epochs": 2 + n})
+            made = place.openai().fine_tuning.jobs.create(model=BASE, training_file=place.upload(chats(6)), **fields)
+            jobs[f"acme:u{k}{n}"] = made.id
+    runners = [place.runner() for place in places]
+    for each in runners:
+        each.start()
+    try:
+        wait(lambda: len(list(places[0].store.names())) == 4 and not Runs(places[0].learning).all())
+    finally:
+        for each in runners:
+            each.stop()
+    assert {n: [v.notes["job"] for v in places[0].store.versions(n)] for n in jobs} == {n: [i] for n, i in jobs.items()}
+    assert {j.status for j in places[0].openai().fine_tuning.jobs.list()} == {"succeeded"}
+
+
+def test_a_run_that_always_fails_fails_its_jobs_and_no_other(tmp_path, model, monkeypatch):
+    monkeypatch.setattr(runner, "BACKOFF_SECONDS", 0.0)
+    broken = Workplace(tmp_path, tmp_path / "no-such-model", attempts=1)
+    job = broken.openai().fine_tuning.jobs.create(model=BASE, training_file=broken.upload(chats(4)), suffix="ann")
+    broken.work()
+    job = broken.openai().fine_tuning.jobs.retrieve(job.id)
+    assert job.status == "failed" and job.error.code == "training_failed" and "no-such-model" not in job.error.message
+    assert not list(tmp_path.glob("state/runs/*"))
+
+
+@pytest.mark.slow
+def test_stopped_in_order_it_goes_on_where_it_stood(place):
+    client = place.openai()
+    job = client.fine_tuning.jobs.create(
+        model=BASE, training_file=place.upload(chats(12)), suffix="ann", hyperparameters={"n_epochs": 30}
+    )
+    worker = place.runner()
+    worker.start()
+    wait(lambda: list(place.folder.glob("state/runs/*/fleet/progress-0.jsonl")))
+    worker.stop()
+    (run,) = worker.runs.all()
+    folder = place.learning.records.path(run.folder)
+    assert not training.is_alive(folder) and list(folder.glob("fleet/standing-0.safetensors"))
+    assert client.fine_tuning.jobs.retrieve(job.id).status == "running" and not (folder / "lease.json").exists()
+    place.work()
+    assert client.fine_tuning.jobs.retrieve(job.id).status == "succeeded" and place.store.current("acme:ann") == 1
+
+
+# Deletion
+
+
+@pytest.mark.slow
+def test_nothing_of_a_deleted_owner_is_left_anywhere(place, adapter):
+    """Not in files, jobs, versions or a run that trains; what others have stays, and their training goes on."""
+    client = place.openai()
+    secret = b"zebra7zebra7"
+    mine = lambda: chats(8).replace(b"cat", secret)  # noqa: E731
+    shared = place.upload(chats(8, 3))
+    for name in ("acme:secret-ann", "acme:bob"):
+        place.store.put(name, adapter)
+    waiting = client.fine_tuning.jobs.create(model=BASE, training_file=place.upload(mine()), suffix="secret-ann")
+    hyper = {"hyperparameters": {"n_epochs": 60}}
+    client.fine_tuning.jobs.cancel(waiting.id)
+    client.fine_tuning.jobs.create(model="acme:secret-ann", training_file=place.upload(mine()), validation_file=shared, **hyper)
+    other = client.fine_tuning.jobs.create(model="acme:bob", training_file=shared, **hyper)
+    worker = place.runner()
+    worker.start()
+    try:
+        wait(lambda: list(place.folder.glob("state/runs/*/fleet/progress-0.jsonl")))
+        assert secret in place.texts() and b"secret-ann" in place.texts()
+        removed = delete_owner(place.learning, "acme:secret-ann")
+        assert removed == {"versions": 1, "jobs": 2, "files": 2, "runs": 1, "runs_pending": 0}
+        left = place.texts()
+        assert secret not in left and b"secret-ann" not in left and b"secret=2dann" not in left and b"secret-ann" not in left
+        wait(lambda: client.fine_tuning.jobs.retrieve(other.id).status not in ("queued", "running"))
+    finally:
+        worker.stop()
+    assert client.fine_tuning.jobs.retrieve(other.id).status == "succeeded"
+    assert list(place.store.names()) == ["acme:bob"] and [f.id for f in client.files.list()] == [shared]
+    left = place.texts()
+    assert secret not in left and b"secret-ann" not in left
+    assert delete_owner(place.learning, "acme:secret-ann") == dict.fromkeys(removed, 0)
+
+
+def test_deletion_without_a_runner_takes_the_owner_out_of_a_run_that_waits(place):
+    client = place.openai()
+    for suffix in ("ann", "bob"):
+        client.fine_tuning.jobs.create(model=BASE, training_file=place.upload(chats(8)), suffix=suffix)
+    place.runner().runs.gather()
+    assert delete_owner(place.learning, "acme:ann") == {"versions": 0, "jobs": 1, "files": 1, "runs": 1, "runs_pending": 0}
+    (run,) = Runs(place.learning).all()
+    assert [e.name for e in run.entries] == ["acme:bob"] and b"acme:ann" not in place.texts()
+    assert delete_owner(place.learning, "acme:bob")["runs"] == 1 and not Runs(place.learning).all()

@@ -1,0 +1,136 @@
+"""Uploaded training files: a record and the bytes as they came, in STATE/files/<tenant>."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import IO, Any
+
+from . import chats
+from .errors import ApiError, shown
+from .paging import is_id, new_id
+from .records import Records, tenant_folder
+from .tenants import EVERYBODY, Tenant
+
+PURPOSE = "fine-tune"
+
+
+@dataclass(frozen=True)
+class Upload:
+    """What is known of one file. tenant: the prefix of those who may see it."""
+
+    id: str
+    tenant: str
+    filename: str
+    bytes: int
+    rows: int
+    created_at: int
+    purpose: str = PURPOSE
+
+    @property
+    def folder(self) -> str:
+        return f"files/{tenant_folder(self.tenant)}"
+
+    def to_openai(self) -> dict[str, Any]:
+        """OpenAI's File object."""
+        return {
+            "id": self.id,
+            "object": "file",
+            "bytes": self.bytes,
+            "created_at": self.created_at,
+            "expires_at": None,
+            "filename": self.filename,
+            "purpose": self.purpose,
+            "status": "processed",
+            "status_details": None,
+        }
+
+
+class Uploads:
+    """The files of all tenants. Whoever asks for another's gets what one gets for a file that never was."""
+
+    def __init__(self, records: Records, max_line: int, max_lines: int, max_files: int) -> None:
+        self.records, self.max_line, self.max_lines, self.max_files = records, max_line, max_lines, max_files
+
+    def create(self, tenant: Tenant, file: IO[bytes], filename: str, purpose: str) -> Upload:
+        """Checks a file line by line and keeps it. ApiError 400 names the lines that are wrong."""
+        if purpose != PURPOSE:
+            raise ApiError(
+                400, f'purpose is "{shown(purpose, 60)}", expected "{PURPOSE}".', code="invalid_purpose", param="purpose"
+            )
+        if len(self.records.names(f"files/{tenant_folder(tenant.prefix)}")) >= 2 * self.max_files:
+            raise ApiError(429, f"There are {self.max_files:,} files already: delete some.", code="too_many_files")
+        upload = Upload(new_id("file"), tenant.prefix, shown(filename, 255), 0, 0, int(time.time()))
+        rows = 0
+
+        def counted() -> Iterator[bytes]:
+            nonlocal rows
+            for number, line in enumerate(chats.chunks(file, self.max_line, self.max_lines), 1):
+                rows += bool(chats.content(line, number))
+                yield line
+
+        try:
+            size = self.records.write_chunks(f"{upload.folder}/{upload.id}.jsonl", counted())
+        except chats.BadFile as e:
+            raise ApiError(400, f"{e}.", code="invalid_training_file", param="file") from None
+        upload = Upload(**{**asdict(upload), "bytes": size, "rows": rows})
+        self.records.write(f"{upload.folder}/{upload.id}.json", asdict(upload))  # from here on it is there
+        return upload
+
+    def get(self, tenant: Tenant, file: str, param: str | None = None) -> Upload:
+        """ApiError 404 where there is none of this tenant's."""
+        for folder in self._folders(tenant) if is_id("file", file) else ():
+            if (record := self.records.read(f"files/{folder}/{file}.json")) is not None:
+                return Upload(**record)
+        raise ApiError(404, f'There is no file "{shown(file, 60)}".', code="file_not_found", param=param)
+
+    def of_job(self, file: str, prefix: str) -> Upload:
+        """A file by its id, looked for first where this prefix has its own: an admin's job may use anybody's. ApiError 404."""
+        try:
+            return self.get(Tenant("", prefix), file)
+        except ApiError:
+            return self.get(EVERYBODY, file)
+
+    def of_tenant(self, tenant: Tenant) -> list[Upload]:
+        """In no order."""
+        found = []
+        for folder in self._folders(tenant):
+            for name in self.records.names(f"files/{folder}"):
+                if name.endswith(".json") and (record := self.records.read(f"files/{folder}/{name}")) is not None:
+                    found.append(Upload(**record))
+        return found
+
+    def content(self, upload: Upload) -> bytes:
+        """The bytes as they came. ApiError 404 where the file was deleted meanwhile."""
+        try:
+            return self.records.path(f"{upload.folder}/{upload.id}.jsonl").read_bytes()
+        except FileNotFoundError:
+            raise ApiError(404, f'There is no file "{upload.id}".', code="file_not_found") from None
+
+    def rows(self, upload: Upload) -> Iterator[list[dict[str, str]]]:
+        """The chats in it. FileNotFoundError where the file was deleted meanwhile."""
+        with open(self.records.path(f"{upload.folder}/{upload.id}.jsonl"), "rb") as f:
+            yield from chats.read(f)
+
+    def delete(self, upload: Upload) -> None:
+        """Gone when it returns; jobs that wait for it fail."""
+        self.records.remove(f"{upload.folder}/{upload.id}.json")
+        self.records.remove(f"{upload.folder}/{upload.id}.jsonl")
+
+    def sweep(self) -> None:
+        """Removes bytes whose record was never written."""
+        for folder in self.records.names("files"):
+            there = set(self.records.names(f"files/{folder}"))
+            for name in there:
+                path = self.records.path(f"files/{folder}/{name}")
+                if name.endswith(".jsonl") and name.removesuffix("l") not in there and _is_old(path):
+                    self.records.remove(f"files/{folder}/{name}")
+
+    def _folders(self, tenant: Tenant) -> list[str]:
+        return self.records.names("files") if tenant.admin else [tenant_folder(tenant.prefix)]
+
+
+def _is_old(path: Any) -> bool:
+    try:
+        return time.time() - path.stat().st_mtime > 3600
+    except OSError:
+        return False

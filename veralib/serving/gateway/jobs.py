@@ -1,0 +1,204 @@
+"""Fine-tuning jobs as records. What a job is never changes after its first record; what becomes of it is added beside it.
+
+jobs/<tenant>/<id>/job.json       what was asked; from here on the job is acknowledged
+                   taken.json     the run that trains it now
+                   events.jsonl   what list_events shows
+                   end.json       how it ended, written once, under the lock of its adapter's name
+waiting/<id>                      jobs that haven't ended, for the runner
+owners/<shard>/<name>/<id>        jobs of one adapter, for whoever deletes it
+"""
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ...store.names import key_of, shard_of
+from .errors import ApiError, shown
+from .paging import is_id, new_id
+from .records import Records, tenant_folder
+from .tenants import Tenant
+
+
+@dataclass(frozen=True)
+class Job:
+    """What was asked. tenant: the prefix of those who may see it. name: the adapter that it makes a version of.
+
+    start: the adapter that it goes on from, or None: from the served one of its name, else anew.
+    """
+
+    id: str
+    tenant: str
+    name: str
+    model: str
+    start: str | None
+    training_file: str
+    validation_file: str | None
+    epochs: int
+    batch_size: int
+    lr_multiplier: float
+    seed: int
+    created_at: int
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> str:
+        return f"jobs/{tenant_folder(self.tenant)}/{self.id}"
+
+    @property
+    def owner_folder(self) -> str:
+        return owner_folder(self.name)
+
+
+def owner_folder(name: str) -> str:
+    """Where the jobs of one adapter are listed."""
+    return f"owners/{shard_of(name)}/{key_of(name)}"
+
+
+class Jobs:
+    """The jobs of all tenants."""
+
+    def __init__(self, records: Records, max_waiting: int) -> None:
+        self.records, self.max_waiting = records, max_waiting
+
+    def add(self, job: Job) -> None:
+        """Acknowledged and durable when it returns. ApiError 429 where the tenant has too many that haven't ended."""
+        mine = tenant_folder(job.tenant)
+        if sum(record["tenant"] == mine for record in self._waiting()) >= self.max_waiting:
+            raise ApiError(
+                429, f"{self.max_waiting:,} jobs haven't ended: wait for one, or cancel it.", code="too_many_jobs",
+                headers={"Retry-After": "30"},
+            )  # fmt: skip
+        self.records.write(f"{job.owner_folder}/{job.id}", {"tenant": mine})
+        self.records.write(f"waiting/{job.id}", {"tenant": mine})
+        self.records.write(f"{job.folder}/job.json", asdict(job))
+        self.tell(job, "Created fine-tuning job; the training file was checked when it came.")
+
+    def get(self, tenant: Tenant, job: str) -> Job:
+        """ApiError 404 where there is none of this tenant's."""
+        folders = self.records.names("jobs") if tenant.admin else [tenant_folder(tenant.prefix)]
+        for folder in folders if is_id("ftjob", job) else ():
+            if (found := self._read(folder, job)) is not None:
+                return found
+        raise ApiError(404, f'There is no fine-tuning job "{shown(job, 60)}".', code="job_not_found")
+
+    def of_tenant(self, tenant: Tenant) -> list[Job]:
+        """In no order."""
+        folders = self.records.names("jobs") if tenant.admin else [tenant_folder(tenant.prefix)]
+        return list(self.of_folders(folders))
+
+    def of_folders(self, folders: list[str]) -> Iterator[Job]:
+        """All jobs in these tenants' folders."""
+        for folder in folders:
+            for name in self.records.names(f"jobs/{folder}"):
+                if (found := self._read(folder, name)) is not None:
+                    yield found
+
+    def of_owner(self, name: str) -> list[Job]:
+        """All jobs of one adapter."""
+        entries = ((i, self.records.read(f"{owner_folder(name)}/{i}")) for i in self.records.names(owner_folder(name)))
+        found = (self._read(entry["tenant"], i) for i, entry in entries if entry is not None)
+        return [job for job in found if job is not None]
+
+    def waiting(self) -> list[Job]:
+        """Jobs that haven't ended, the oldest first."""
+        found = []
+        for name in sorted(self.records.names("waiting")):
+            entry = self.records.read(f"waiting/{name}")
+            job = None if entry is None else self._read(entry["tenant"], name)
+            if job is not None and not self.has_ended(job):
+                found.append(job)
+        return found
+
+    def find(self, folder: str, job: str) -> Job | None:
+        """A job by its tenant's folder and id; None where it was deleted."""
+        return self._read(folder, job)
+
+    def _waiting(self) -> Iterator[dict[str, Any]]:
+        for name in self.records.names("waiting"):
+            if (entry := self.records.read(f"waiting/{name}")) is not None:
+                yield entry
+
+    def _read(self, folder: str, job: str) -> Job | None:
+        record = self.records.read(f"jobs/{folder}/{job}/job.json")
+        return None if record is None else Job(**record)
+
+    # What becomes of a job
+
+    def tell(self, job: Job, message: str, level: str = "info", data: Mapping[str, Any] | None = None) -> None:
+        """One more event. data: makes it one of metrics."""
+        event = {
+            "object": "fine_tuning.job.event",
+            "id": new_id("ftevent"),
+            "created_at": int(time.time()),
+            "level": level,
+            "message": message,
+            "type": "message" if data is None else "metrics",
+            "data": dict(data or {}),
+        }
+        self.records.add_line(f"{job.folder}/events.jsonl", event, sync=data is None)
+
+    def events(self, job: Job) -> list[dict[str, Any]]:
+        """All of them."""
+        return self.records.lines(f"{job.folder}/events.jsonl")
+
+    def take(self, job: Job, run: str) -> None:
+        """The run that trains it."""
+        self.records.write(f"{job.folder}/taken.json", {"run": run, "at": int(time.time())})
+
+    def end(self, job: Job, status: str, message: str, code: str | None = None, **more: Any) -> None:
+        """How it ended; the caller holds the lock of its name and has seen that it hadn't. Its last event says the same."""
+        error = None if status != "failed" else {"code": code, "message": message, "param": more.pop("param", None)}
+        record = {"status": status, "at": int(time.time()), "error": error, **more}
+        self.tell(job, message, "error" if status == "failed" else "info", more.get("metrics"))
+        self.records.write(f"{job.folder}/end.json", record)
+        self.records.remove(f"waiting/{job.id}")
+
+    def ending(self, job: Job) -> dict[str, Any] | None:
+        """How it ended, or None."""
+        return self.records.read(f"{job.folder}/end.json")
+
+    def has_ended(self, job: Job) -> bool:
+        """Or was deleted."""
+        folder = self.records.names(job.folder)
+        return "end.json" in folder or "job.json" not in folder
+
+    def forget(self, job: Job) -> None:
+        """Removes all that is known of it."""
+        self.records.remove(job.folder)
+        self.records.remove(f"waiting/{job.id}")
+        self.records.remove(f"{job.owner_folder}/{job.id}")
+        if not self.records.names(job.owner_folder):
+            self.records.remove(job.owner_folder)
+
+    def to_openai(self, job: Job) -> dict[str, Any]:
+        """OpenAI's FineTuningJob object."""
+        end = self.ending(job)
+        taken = end is None and self.records.read(f"{job.folder}/taken.json") is not None
+        status = end["status"] if end is not None else "running" if taken else "queued"
+        hyperparameters = {
+            "n_epochs": job.epochs,
+            "batch_size": job.batch_size,
+            "learning_rate_multiplier": job.lr_multiplier,
+        }
+        return {
+            "object": "fine_tuning.job",
+            "id": job.id,
+            "created_at": job.created_at,
+            "finished_at": None if end is None else end["at"],
+            "model": job.model,
+            "fine_tuned_model": job.name if status == "succeeded" else None,
+            "organization_id": job.tenant,
+            "status": status,
+            "error": None if end is None else end["error"],
+            "hyperparameters": hyperparameters,
+            "method": {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}},
+            "training_file": job.training_file,
+            "validation_file": job.validation_file,
+            "result_files": [],
+            "trained_tokens": None if end is None else end.get("trained_tokens"),
+            "seed": job.seed,
+            "estimated_finish": None,
+            "integrations": [],
+            "metadata": dict(job.metadata),
+        }

@@ -1,0 +1,220 @@
+"""Runner: a thread of the gateway that gathers waiting jobs into runs, has each trained by a process, and settles its jobs.
+
+Every gateway on a state folder has one. A run belongs to the runner that holds its lease; when that one dies, its lease runs out
+and another takes the run up where it stands: a process that still trains is waited for, one that died is started again.
+"""
+
+import json
+import logging
+import os
+import secrets
+import socket
+import subprocess
+import threading
+import time
+from dataclasses import replace
+from typing import Any
+
+from ...store import Store, open_store
+from . import training
+from .deletion import drop
+from .jobs import Job
+from .learning import Learning
+from .promotion import settle
+from .runs import Entry, Run, Runs
+
+LOG = logging.getLogger("veralib.gateway")
+POLL_SECONDS = 0.5
+BACKOFF_SECONDS = 2.0
+
+
+class Runner:
+    """start() and stop(); between them jobs train."""
+
+    def __init__(self, learning: Learning) -> None:
+        self.learning, self.runs = learning, Runs(learning)
+        self.id = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+        self._ending = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Returns at once."""
+        self._thread = threading.Thread(target=self._work, name="jobs", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """The run that trains now saves where it stands; the next runner goes on with it."""
+        self._ending.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _work(self) -> None:
+        self.learning.records.sweep()
+        self.learning.uploads.sweep()
+        while not self._ending.is_set():
+            try:
+                worked = self.step()
+            except Exception:  # one bad run or a full disk must not end what trains for everybody
+                LOG.exception("jobs: a run failed on the gateway's side; it is tried again")
+                worked = False
+                self._ending.wait(BACKOFF_SECONDS)
+            if not worked:
+                self._ending.wait(POLL_SECONDS)
+
+    def step(self) -> bool:
+        """Takes up one run and carries it to its end; False where there is none to take."""
+        self.runs.gather()
+        for run in self.runs.all():
+            if self._claim(run):
+                try:
+                    _Carrying(self, run).to_its_end()
+                except Exception:
+                    self._count_failure(run)
+                    raise
+                finally:
+                    self.learning.records.release(run.lease, self.id)
+                return True
+        return False
+
+    def _claim(self, run: Run) -> bool:
+        return self.learning.records.claim(run.lease, self.id, self.learning.settings.lease_seconds)
+
+    def _count_failure(self, run: Run) -> None:
+        now = self.runs.read(run.id)
+        if now is not None and not training.is_alive(self.runs.path(run)):
+            self.runs.write(replace(now, attempts=now.attempts + 1))
+
+
+class _Carrying:
+    """One run, from where it stands to its end, by the runner that holds its lease."""
+
+    def __init__(self, runner: Runner, run: Run) -> None:
+        self.runner, self.runs, self.learning, self.run = runner, runner.runs, runner.learning, run
+        self.folder = self.runs.path(run)
+        self.settled: set[str] = set()
+        self.shown = len(_lines(self.folder / "fleet/progress-0.jsonl"))
+        self.process: subprocess.Popen | None = None
+        self.renewed = time.monotonic()
+        self._staged: Store | None = None
+
+    def to_its_end(self) -> None:
+        """Returns when all its jobs have ended and its folder is gone, or when the runner is to end."""
+        while not self.runner._ending.is_set():
+            if not self._drop_deleted() or not self._open_jobs():
+                training.stop(self.folder, self.process)
+                self.runs.remove(self.run)
+                return
+            if training.is_alive(self.folder):
+                self._watch()
+                continue
+            self._collect()
+            if (self.folder / "fleet/fleet.json").exists():
+                self._finish(json.loads((self.folder / "fleet/fleet.json").read_text(encoding="utf-8"))["unusable"])
+                continue
+            if self.process is not None:
+                LOG.warning("jobs: the training process ended with code %s:\n%s", self.process.wait(), self._log_tail())
+                self.run = replace(self.run, attempts=self.run.attempts + 1)
+                self.runs.write(self.run)
+                self.process = None
+                self.runner._ending.wait(BACKOFF_SECONDS * 2 ** min(self.run.attempts, 5))
+            if self.run.attempts >= self.learning.settings.attempts:
+                self._finish({})
+            elif not self.runner._ending.is_set():
+                self.process = training.start(self.folder, self.learning.settings)
+        training.stop(self.folder, self.process)  # it saves where it stands; whoever takes the run up collects what had ended
+
+    def _watch(self) -> None:
+        """While the process trains: what ends is settled at once, what was deleted is dropped, the lease is renewed."""
+        while training.is_alive(self.folder) and not self.runner._ending.wait(POLL_SECONDS):
+            self._collect()
+            self._renew()
+            if self.process is not None and self.process.poll() is not None:
+                return
+            if self._deleted() or not self._open_jobs():
+                return
+
+    def _collect(self) -> None:
+        """Shows how far the jobs are, and settles those whose adapters are in the staging store."""
+        self._show_progress()
+        entries = {entry.name: entry for entry in self.run.entries}
+        for line in _lines(self.folder / "fleet/owners-0.jsonl"):
+            entry = entries.get(line["name"])
+            if entry is None or entry.job in self.settled:
+                continue
+            job = self.runs.job(entry)
+            if job is not None:
+                if self._staged is None:
+                    self._staged = open_store(self.folder / "fleet/store")
+                settle(self.learning, job, entry, line, self._staged)
+            self.settled.add(entry.job)
+            self._renew()
+
+    def _renew(self) -> None:
+        if time.monotonic() - self.renewed < self.learning.settings.lease_seconds / 4:
+            return
+        if not self.runner._claim(self.run):
+            raise RuntimeError(f"the lease of {self.run.folder} was lost: this gateway stood still for longer than it lasts")
+        self.renewed = time.monotonic()
+
+    def _show_progress(self) -> None:
+        lines = _lines(self.folder / "fleet/progress-0.jsonl")
+        latest: dict[str, dict[str, Any]] = {}
+        for line in lines[self.shown :]:
+            latest |= line["owners"]
+        for entry in self.run.entries if latest else ():
+            at = latest.get(entry.name)
+            job = None if at is None or entry.job in self.settled else self.runs.job(entry)
+            if at is not None and job is not None and not self.learning.jobs.has_ended(job):
+                loss = "" if at["loss"] is None else f": training loss={at['loss']:.4f}"
+                data = {"step": at["steps"], "total_steps": at["of"], "train_loss": at["loss"]}
+                self.learning.jobs.tell(job, f"Step {at['steps']}/{at['of']}{loss}", data=data)
+        self.shown = len(lines)
+
+    def _finish(self, unusable: dict[str, str]) -> None:
+        """Ends the jobs that have no adapter, each with its own reason and nobody else's."""
+        for entry, job in self._open_jobs():
+            why, code = unusable.get(entry.name), "unusable_data"
+            if why is None:
+                why, code = "The training process failed. The gateway's log says why; create the job again.", "training_failed"
+            with self.learning.records.lock(job.name):
+                if not self.learning.jobs.has_ended(job):
+                    self.learning.jobs.end(job, "failed", why, code)
+
+    def _open_jobs(self) -> list[tuple[Entry, Job]]:
+        found = [(entry, self.runs.job(entry)) for entry in self.run.entries]
+        return [(entry, job) for entry, job in found if job is not None and not self.learning.jobs.has_ended(job)]
+
+    def _deleted(self) -> list[Entry]:
+        return [entry for entry in self.run.entries if self.runs.job(entry) is None]
+
+    def _drop_deleted(self) -> bool:
+        """Stops the process where somebody was deleted, takes out what is theirs; whether anybody is left."""
+        if gone := self._deleted():
+            if not training.stop(self.folder, self.process):  # on another machine, whose gateway died
+                return True
+            self.process = None
+            self._collect()  # others may have ended meanwhile
+            self._staged = None
+            self.run = drop(self.runs, self.run, gone)
+        return bool(self.run.entries)
+
+    def _log_tail(self) -> str:
+        try:
+            return (self.folder / "log.txt").read_text(encoding="utf-8", errors="replace")[-2000:]
+        except OSError:
+            return ""
+
+
+def _lines(path: Any) -> list[dict[str, Any]]:
+    """The whole lines of a file that the fleet writes; none where it isn't there."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return []
+    found = []
+    for line in text.splitlines():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found
