@@ -191,7 +191,8 @@ def test_the_child_sends_what_it_does_and_its_result(comparison, monkeypatch, ca
         def close(self):
             self.sent.append("closed")
 
-    def compare(folder, say):
+    def compare(folder, say, store):
+        assert store == "store"
         say("a phase")
         say("steps", 3, 3)
         if folder == "broken":
@@ -201,7 +202,7 @@ def test_the_child_sends_what_it_does_and_its_result(comparison, monkeypatch, ca
     monkeypatch.setattr(fleet, "compare", compare)
     for folder, end in {"good": ("done", {"done": True}), "broken": ("failed", "no data")}.items():
         pipe = Pipe()
-        child.compare_here(folder, pipe)
+        child.compare_here((folder, "store"), pipe)
         assert pipe.sent == [("step", "a phase", None, None), ("step", "steps", 3, 3), end, "closed"]
     screen = show.Screen()
     with screen.phases() as say:

@@ -24,7 +24,7 @@ def main(output: str | Path = "demo_out", record: bool = False, names: Sequence[
     Errors: MissingPackage, DataError (another model or library than expected), ConfigError (a folder that can't be written).
     """
     started = time.perf_counter()
-    for package in ("rich", "transformers", "peft", "matplotlib"):
+    for package in ("rich", "transformers", "peft", "matplotlib", "fastapi"):
         if importlib.util.find_spec(package) is None:
             raise need(package, "demo", "vera demo")
     root = Path(__file__).parents[2]
@@ -75,13 +75,13 @@ def main(output: str | Path = "demo_out", record: bool = False, names: Sequence[
     if record:
         screen.written(report.record(result, root))
     if fleet:
-        _fleet(screen, output, root if record else None)
+        good &= _fleet(screen, output, root if record else None)
     screen.closing(output, model, time.perf_counter() - started)
     return 0 if good else 1
 
 
-def _fleet(screen: Any, output: Path, root: Path | None) -> None:
-    """The second part; left out, and said so, where the language model isn't at hand."""
+def _fleet(screen: Any, output: Path, root: Path | None) -> bool:
+    """The second part; left out, and said so, where the language model isn't at hand. False where its server went wrong."""
     from . import fleet_report, runs
     from .model import find_language_model
 
@@ -89,18 +89,32 @@ def _fleet(screen: Any, output: Path, root: Path | None) -> None:
         model = find_language_model()
     except DataError as e:
         screen.fleet_missing(str(e))
-        return
+        return True
     screen.fleet_opening(model.name)
+    store = output / "fleet-store"
     with screen.phases() as say:
-        result = runs.compare_apart(model, say)
+        result = runs.compare_apart(model, say, store)
     screen.fleet(result)
     fleet_report.write(result, output)
+    good = _serve(screen, model, store, result)
     if root is not None:
         readme = root / "README.md"
         text = fleet_report.in_readme(readme.read_text(encoding="utf-8"), result)
         paths = fleet_report.write(result, root / "results" / "demo")
         readme.write_text(text, encoding="utf-8")
         screen.written([*paths, readme])
+    return good
+
+
+def _serve(screen: Any, model: Path, store: Path, result: Mapping[str, Any]) -> bool:
+    """Starts a server on the fleet's store and calls it; whether each adapter said there what it had said before."""
+    from . import serve
+    from .fleet import ANSWER_TOKENS, PROMPT
+
+    expected = {model.name if who == "base model" else who: text for who, text in result["greedy"].items()}
+    with screen.waiting("A server starts on these adapters"), serve.running(model, store) as api:
+        said = serve.ask(api, list(expected), PROMPT, ANSWER_TOKENS)
+    return screen.served(serve.command(model, store), said, serve.unlike(said, expected))
 
 
 def _row(name: str, found: Any) -> dict[str, Any]:

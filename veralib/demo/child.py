@@ -21,8 +21,8 @@ def train_here(settings: dict[str, Any], pipe: Connection) -> None:
     _tell(pipe, lambda: train(Settings(**settings), callbacks=[Report(pipe)]))
 
 
-def compare_here(model: Path, pipe: Connection) -> None:
-    """Runs the fleet's comparison; sends ("step", phase, step, steps) ten times a second, or ("step", phase), then the result."""
+def compare_here(paths: tuple[Path, Path], pipe: Connection) -> None:
+    """Runs the fleet's comparison on (model, store); ("step", phase, step, steps) ten times a second, then the result."""
     from .fleet import compare
 
     last = 0.0
@@ -34,7 +34,7 @@ def compare_here(model: Path, pipe: Connection) -> None:
             last = now
             pipe.send(("step", phase, step, steps))
 
-    _tell(pipe, lambda: compare(model, say))
+    _tell(pipe, lambda: compare(paths[0], say, paths[1]))
 
 
 def _tell(pipe: Connection, work: Callable[[], Any]) -> None:

@@ -169,8 +169,10 @@ class Comparison:
         return {**{f"{k}_ms": 1e3 * statistics.median(v[1:]) for k, v in taken.items()}, "ratio": ratio}
 
     @torch.no_grad()
-    def continuations(self, prompt: str, owners: Sequence[str], tokens: int = 24) -> dict[str, str]:
-        """What the base model and three owners' adapters go on with, in one batch; greedy, no three tokens twice."""
+    def continuations(
+        self, prompt: str, owners: Sequence[str], tokens: int = 24, no_repeat_ngram_size: int = 3
+    ) -> dict[str, str]:
+        """What the base model and these owners' adapters go on with, in one batch; greedy, no three tokens twice unless told."""
         key = "own_from_shared"
         ids = self.tokenizer([prompt] * (1 + len(owners)), return_tensors="pt")
         with self.loaded(key) as places, self.vera.rows([None, *(places[n] for n in owners)]):
@@ -179,7 +181,7 @@ class Comparison:
                 **{k: ids[k] for k in ("input_ids", "attention_mask")},
                 max_new_tokens=tokens,
                 do_sample=False,
-                no_repeat_ngram_size=3,
+                no_repeat_ngram_size=no_repeat_ngram_size,
                 pad_token_id=self.tokenizer.pad_token_id,
             )
         texts = self.tokenizer.batch_decode(out, skip_special_tokens=True)

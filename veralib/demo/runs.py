@@ -30,9 +30,9 @@ def train_apart(settings: Mapping[str, Any], show: Show) -> "Result":
     return _apart("train_here", dict(settings), show, f"trained {settings['method']}")
 
 
-def compare_apart(model: Path, say: Callable[..., None]) -> dict[str, Any]:
+def compare_apart(model: Path, say: Callable[..., None], store: Path) -> dict[str, Any]:
     """The fleet's comparison (fleet.compare) in a process of its own; errors as train_apart's."""
-    return _apart("compare_here", model, say, "trained the fleet")
+    return _apart("compare_here", (model, store), say, "trained the fleet")
 
 
 def _apart(entry: str, argument: Any, show: Callable[..., None], what: str) -> Any:

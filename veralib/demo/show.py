@@ -158,6 +158,19 @@ class Screen:
         for who, text in told["texts"].items():
             self.say(f"  {who}: {text}")
 
+    def served(self, command: Sequence[str], said: Mapping[str, str], unlike: Sequence[str]) -> bool:
+        """What the server said, and how to start it; whether that is what the adapters had said outside of it."""
+        self.say("\nThe same adapters behind the OpenAI API, the request names the adapter as its model:")
+        for who, text in said.items():
+            self.say(f"  {who}: {text}")
+        self.say(
+            f"Not what {', '.join(unlike)} said outside of the server: this is an error, please report it."
+            if unlike
+            else f"All {len(said)} answers are what the adapters say outside of the server. Start it yourself:\n"
+        )
+        print("  " + " ".join(_short(Path(w)) if os.sep in w else w for w in command), flush=True)
+        return not unlike
+
     def fleet_missing(self, why: str) -> None:
         """The second part can't run, and why."""
         self.say(f"\nPart two, a fleet of adapters, is left out: {why}")
