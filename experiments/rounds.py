@@ -275,10 +275,10 @@ def render(result: dict[str, Any]) -> str:
         "Rendered by `python -m experiments.rounds`; nothing here is typed.",
         "",
         f"{count} users, each with facts and a way of talking of its own, on {result['model']}, rank {result['rank']}, "
-        f"{result['epochs']} epochs a round. A round brings {result['rows'][0]} rows about things that no other round has, "
-        f"and {result['rows'][1]} held-out ones; uploads, jobs and promotion go through the gateway's API. new: each round's "
-        "file has that round's rows alone; all: all rows so far. Both go on from the version that is live. Losses are of what is live "
-        f"after the round, on held-out rows, means over users. The base model has {mean(result['base']):.3f} on round 1's.",
+        f"{result['epochs']} epochs a round. A round brings {result['rows'][0]} rows about things that no other round has, and "
+        f"{result['rows'][1]} held-out ones; uploads, jobs and promotion go through the gateway's API. new: each round's file "
+        "has its rows alone; all: all rows so far. Both go on from the version that is live. Losses are of what is live after "
+        f"the round, on held-out rows, means over users. The base model has {mean(result['base']):.3f} on round 1's.",
         "",
         f"| {' | '.join(columns)} |",
         "|" + "---:|" * len(columns),

@@ -259,10 +259,10 @@ class _Standing:
         output: Path,
         whose: int | str,
         fleet: Fleet,
-        stop: Stop,
+        stop: Stop | None = None,
         also: Callable[[FleetTrainer], None] = lambda trainer: None,
     ) -> None:
-        self.output, self.whose, self.last, self.stop, self.also = output, whose, time.monotonic(), stop, also
+        self.output, self.whose, self.last, self.stop, self.also = output, whose, time.monotonic(), stop or Stop(), also
         hashes = fleet.vera.inside.hashes_of(fleet.bank.layout.by_layer)
         self.base = hashlib.sha256(repr(sorted(hashes.items())).encode()).hexdigest()[:16]
 
