@@ -34,7 +34,7 @@ def test_delete_takes_everything_along(world):
 
     async def files(name):
         called.append(name)
-        return {"files": 2, "jobs": 1}
+        return {"files": 2, "jobs": 1} if len(called) in (1, 3) else {}
 
     world.apps[0].state.on_delete.append(files)
     say(http), say(other, "globex:ann")
@@ -52,7 +52,10 @@ def test_delete_takes_everything_along(world):
     with pytest.raises(UnknownName):
         world.store.get("acme:ann")
     again = http.delete("/v1/models/acme:ann")
-    assert again.status_code == 404 and called == ["acme:ann"]
+    assert again.status_code == 404 and called == ["acme:ann"] * 2
+    # A job that never came to a version leaves files and itself: they go too.
+    assert http.delete("/v1/models/acme:zoe").json()["removed"] == {"versions": 0, "files": 2, "jobs": 1, "loaded": 0}
+    assert http.delete("/v1/models/globex:ann").status_code == 404 and len(called) == 3
     assert http.delete("/v1/models/tiny-base").status_code == 403
 
 

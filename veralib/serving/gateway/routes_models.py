@@ -1,12 +1,13 @@
 """/v1/models: the base model and one's own adapters, their versions, rollback, deletion, loading."""
 
+import contextlib
 from dataclasses import asdict
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request
 from starlette.responses import Response
 
-from ...errors import StoreError
+from ...errors import StoreError, UnknownName
 from .auth import Caller
 from .errors import ApiError, json_response
 from .routes_generate import ERRORS
@@ -71,16 +72,16 @@ async def delete_model(name: str, request: Request, tenant: Caller, here: Here) 
     """Removes an adapter: all versions, what the engine holds of it, and its files and jobs. The answer lists what went."""
     if name == (await here.base())[0]:
         raise ApiError(403, "The base model can't be deleted.", code="base_model")
-    await here.names.of_owner(tenant, name, here.store.current)
+    if not here.names.owned(tenant, name):
+        raise await here.names.unknown(tenant, name)
     removed: dict[str, int] = {}
     for hook in request.app.state.on_delete:  # first: a job that still ran would put a new version
         for what, count in (await hook(name)).items():
             removed[what] = removed.get(what, 0) + count
-    try:
-        removed["versions"] = len(await here.names.of_owner(tenant, name, here.store.versions))
-    except StoreError:  # what is damaged can be deleted too
-        removed["versions"] = 1
-    await here.names.of_owner(tenant, name, here.store.delete)
+    versions = await _forget_versions(here, name)
+    if not versions and not removed:  # files and jobs may be there before the first version is
+        raise await here.names.unknown(tenant, name)
+    removed["versions"] = versions
     here.deletions.note(name)
     try:
         removed["loaded"] = await here.client.forget(name)
@@ -106,6 +107,19 @@ async def unload_adapter(body: AdapterRequest, tenant: Caller, here: Here) -> Re
     """Takes all its versions out of the engine's memory; they stay in the store, and the next request loads it again."""
     await here.names.live(tenant, body.lora_name)
     return json_response({"id": body.lora_name, "object": "model", "unloaded": await here.client.forget(body.lora_name)})
+
+
+async def _forget_versions(here: Gateway, name: str) -> int:
+    """Deletes an adapter from the store; how many versions there were."""
+    try:
+        versions = len(await here.names.ask(here.store.versions, name))
+    except UnknownName:
+        return 0
+    except StoreError:  # what is damaged can be deleted too
+        versions = 1
+    with contextlib.suppress(UnknownName):  # somebody else was faster
+        await here.names.ask(here.store.delete, name)
+    return versions
 
 
 async def _adapter(here: Gateway, name: str, base: str) -> dict[str, Any]:
