@@ -1,4 +1,4 @@
-"""E2E with a small language model: the base alone, LoRA r=1 and r=8, VeRA; three learning rates each, the same epochs for all.
+"""E2E with a small language model: the base alone, LoRA r=1 and r=8, VeRA; several learning rates each, the same epochs.
 
     python -m experiments.e2e E2E.zip [--rows 2000] [--epochs 1] [--limit-test 40] [--model models/books-4m] [--render]
 

@@ -44,7 +44,7 @@ def losses(trainer) -> list[float]:
 
 def test_every_example_has_a_test():
     tested = {name.removeprefix("test_").removesuffix("_example") for name in globals() if name.endswith("_example")}
-    assert set(SCRIPTS) == tested and len(SCRIPTS) == 6
+    assert set(SCRIPTS) == tested and len(SCRIPTS) == 7
 
 
 def test_trainer_example(run, tmp_path):
@@ -217,3 +217,10 @@ def test_an_output_layer_whose_weight_trl_reads_is_warned_about(language_model, 
     add_fused_lm_head(model)
     with pytest.warns(VeraWarning, match="do nothing: lm_head"):
         model(input_ids=ids, labels=ids, fused_lm_head=True)
+
+
+@pytest.mark.slow
+def test_two_gateways_example(run):
+    pytest.importorskip("openai")
+    _, printed = run("two_gateways")
+    assert printed.count("the same 4 times: True") == 2 and "by the other, the same: True" in printed
