@@ -90,7 +90,7 @@ class Loop(ContinuousBatchingManager):
         self._around, self._sample, self._ended = around, sample, ended
         self._work: deque[tuple[Callable[[], Any], Future]] = deque()
         self._cancelled: list[tuple[str, Callable[[], None]]] = []
-        self._wake = getattr(self, "_wake_up_loop", None) or self._has_new_requests  # 5.19, 5.17
+        self._wake = getattr(self, "_wake_up_loop", None) or self.__dict__["_has_new_requests"]  # 5.19, 5.17
         self._closed = False
         self._lock = threading.Lock()
         self.steps = 0
@@ -100,8 +100,9 @@ class Loop(ContinuousBatchingManager):
     def start(self) -> None:
         """As the original's, in a thread that doesn't keep a process alive whose main thread has ended."""
         self.background_thread_status.clear()
-        self._generation_thread = threading.Thread(target=self._run_generation_loop, name="veralib-engine", daemon=True)
-        self._generation_thread.start()
+        thread: Any = threading.Thread(target=self._run_generation_loop, name="veralib-engine", daemon=True)
+        self._generation_thread = thread
+        thread.start()
 
     def between_steps(self, function: Callable[[], Any]) -> "Future[Any]":
         """Runs a function in the loop's thread before the next step; its result or what it raised. EngineError once closed."""
@@ -123,8 +124,8 @@ class Loop(ContinuousBatchingManager):
     @property
     def in_step(self) -> Sequence[FutureRequestState]:
         """The requests of the step that runs now."""
-        assert self.batch_processor is not None
-        return self.batch_processor.inputs_and_outputs.requests_in_batch
+        processor: Any = self.batch_processor
+        return processor.inputs_and_outputs.requests_in_batch
 
     def _create_batch_processor(self) -> ContinuousBatchProcessor:
         processor = super()._create_batch_processor()
@@ -163,7 +164,7 @@ class Loop(ContinuousBatchingManager):
 
 
 def config_for(tokens: int, page: int, batch_tokens: int, batch_requests: int, cuda: bool) -> ContinuousBatchingConfig:
-    """The loop's settings. No block of the cache is ever shared between requests, so neither adapters nor salts can meet there."""
+    """The loop's settings. No block of the cache is ever shared, so neither two adapters nor two salts can meet in one."""
     settings: dict[str, Any] = dict(
         page_size=page,
         num_blocks=-(-tokens // page),

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from ... import attach
+from ...errors import VeraError
 from ...store import Store
 from . import attention, batching
-from .errors import BadRequest, EngineBusy, EngineError
+from .errors import BadAdapter, BadRequest, EngineBusy, EngineError
 from .loading import cache_tokens, load_model, load_tokenizer, servable_layers
 from .residents import Limits, Residents
 from .sampling import Chooser, Logprob, Sampling, sampler
@@ -60,14 +61,14 @@ class Running:
     text: TextStream
     tokens: list[int] = field(default_factory=list)
     done: bool = False
-    error: str = ""
+    error: VeraError | None = None
     _shown: int = 0
 
     def take(self) -> Piece | None:
-        """What came since the last take(); None: nothing. EngineError where the request failed."""
+        """What came since the last take(); None: nothing. BadAdapter or EngineError where the request failed."""
         done = self.done  # before the tokens: the last ones come first
         if self.error:
-            raise EngineError(self.error)
+            raise self.error
         new = self.tokens[self._shown :]
         if not new and not done:
             return None
@@ -135,6 +136,7 @@ class EmbeddedEngine:
             sample=sampler(self._choosers),
             ended=self._ended,
         )
+        self._attention = self.model.config._attn_implementation
         if attention.usable(self.model):
             attention.use(self.model)
         limits = Limits(slots, max_rank, max_bases, layers)
@@ -143,7 +145,7 @@ class EmbeddedEngine:
         self._running: dict[str, Running] = {}
         self._ids = itertools.count()
         self._lock = threading.Lock()
-        self._readers = ThreadPoolExecutor(8, thread_name_prefix="veralib-store")
+        self.readers = ThreadPoolExecutor(8, thread_name_prefix="veralib-store")
         self.on_death: Callable[[], None] | None = None
         self._closing = False
         self.generated = 0
@@ -211,7 +213,7 @@ class EmbeddedEngine:
             list(prompt), request_id=running.id, max_new_tokens=limit, streaming=True, eos_token_id=list(stops) or -1
         )
         if accepted is None or not self.alive:
-            self._fail(running, "the engine has stopped.")
+            self._fail(running, EngineError("the engine has stopped."))
             raise EngineError("the engine has stopped.")
         return running
 
@@ -224,25 +226,10 @@ class EmbeddedEngine:
         self, prompt: Sequence[int], sampling: Sampling | None = None, model: str | None = None
     ) -> AsyncIterator[Piece]:
         """The answer as it comes. Leaving the iteration cancels the request."""
-        here, came = asyncio.get_running_loop(), asyncio.Event()
-        start = lambda: self.submit(prompt, sampling or Sampling(), model, lambda: _wake(here, came))  # noqa: E731
-        starting = here.run_in_executor(self._readers, start)
-        try:
-            running = await asyncio.shield(starting)
-        except asyncio.CancelledError:  # the client left while its adapter was read
-            starting.add_done_callback(lambda f: f.cancelled() or f.exception() or self.cancel(f.result()))
-            raise
-        try:
-            while True:
-                await came.wait()
-                came.clear()
-                piece = running.take()
-                if piece is not None and (piece.text or piece.tokens or piece.finish):
-                    yield piece
-                    if piece.finish:
-                        return
-        finally:
-            self.cancel(running)
+        async with Streams(self) as streams:
+            await streams.open([(prompt, sampling or Sampling())], model)
+            async for _, piece in streams:
+                yield piece
 
     def generate(
         self,
@@ -283,12 +270,13 @@ class EmbeddedEngine:
             self.loop.stop(block=True, timeout=wait)
             if self.loop.is_running():
                 self.loop.stop(block=True, timeout=5.0, hard_stop=True)
-        self._readers.shutdown(wait=False)
+        self.readers.shutdown(wait=False)
         if self.model.__dict__.get("_vera_handle") is self.vera:
             for name in list(self.residents.names):
                 self.vera.remove(name)
             self.residents.entries.clear()
             self.vera.detach()
+            self.model.set_attn_implementation(self._attention)
 
     def __enter__(self) -> "EmbeddedEngine":
         return self
@@ -319,7 +307,7 @@ class EmbeddedEngine:
             if running is None:
                 continue
             if running.chooser.failed:
-                self._fail(running, "the model's numbers overflowed with this adapter: its vectors are too large to serve.")
+                self._fail(running, BadAdapter("the model's numbers overflowed: this adapter's vectors are too large to serve."))
                 self.loop.cancel(running.id, lambda: None)
                 continue
             new = output.generated_tokens[len(running.tokens) :]
@@ -327,13 +315,13 @@ class EmbeddedEngine:
             running.chooser.tokens += new
             self.generated += len(new)
             if output.error:
-                self._fail(running, f"the answer broke off: {output.error}")
+                self._fail(running, EngineError(f"the answer broke off: {output.error}"))
             elif output.is_finished():
                 self._end(running)
             else:
                 running.notify()
 
-    def _fail(self, running: Running, error: str) -> None:
+    def _fail(self, running: Running, error: VeraError) -> None:
         running.error = error
         self._end(running)
 
@@ -348,14 +336,65 @@ class EmbeddedEngine:
 
     def _ended(self) -> None:
         for running in list(self._running.values()):
-            self._fail(running, "the engine has stopped.")
+            self._fail(running, EngineError("the engine has stopped."))
         if self.on_death is not None and not self._closing:
             self.on_death()
 
 
-def _wake(loop: asyncio.AbstractEventLoop, came: asyncio.Event) -> None:
-    with contextlib.suppress(RuntimeError):  # the loop was closed: nobody listens any more
-        loop.call_soon_threadsafe(came.set)
+class Streams:
+    """Several requests of one client, whose pieces come as they are made: (which, piece). Leaving the `with` cancels the rest."""
+
+    def __init__(self, engine: EmbeddedEngine) -> None:
+        self.engine = engine
+        self.running: list[Running] = []
+        self._came: asyncio.Queue[int] = asyncio.Queue()
+
+    async def open(self, asked: Sequence[tuple[Sequence[int], Sampling]], model: str | None) -> None:
+        """Starts them. Raises what submit() raises, and then none of them runs."""
+        here = asyncio.get_running_loop()
+
+        def tell(i: int) -> None:
+            with contextlib.suppress(RuntimeError):  # the event loop was closed: nobody listens any more
+                here.call_soon_threadsafe(self._came.put_nowait, i)
+
+        def start() -> None:
+            for i, (prompt, sampling) in enumerate(asked):
+                self.running.append(self.engine.submit(prompt, sampling, model, lambda i=i: tell(i)))  # type: ignore[misc]
+
+        starting = here.run_in_executor(self.engine.readers, start)
+        try:
+            await asyncio.shield(starting)
+        except asyncio.CancelledError:  # the client left while its adapter was read
+            starting.add_done_callback(self._left)
+            raise
+
+    def _left(self, starting: Any) -> None:
+        if not starting.cancelled():
+            starting.exception()  # looked at, so that nobody warns of it
+        self.close()
+
+    async def __aiter__(self) -> AsyncIterator[tuple[int, Piece]]:
+        still = set(range(len(self.running)))
+        while still:
+            i = await self._came.get()
+            piece = self.running[i].take() if i in still else None
+            if piece is None:
+                continue
+            if piece.finish:
+                still.discard(i)
+                self.engine.cancel(self.running[i])
+            yield i, piece
+
+    def close(self) -> None:
+        """Cancels what still runs."""
+        for running in self.running:
+            self.engine.cancel(running)
+
+    async def __aenter__(self) -> "Streams":
+        return self
+
+    async def __aexit__(self, *_: Any) -> None:
+        self.close()
 
 
 def _whole(pieces: Sequence[Piece], running: Running) -> Completion:

@@ -14,7 +14,7 @@ PROBE = 17  # tokens of the forward that finds out which layers see each token o
 
 
 def load_model(
-    model: Any, dtype: str | torch.dtype | None = None, device: str | None = None, auto: str = "CausalLM"
+    model: Any, dtype: str | torch.dtype | None = None, device: str | None = None, auto: str = "CausalLM", **options: Any
 ) -> tuple[Any, str]:
     """(the model in eval mode, its folder or id). dtype None: the checkpoint's, or float32 where this processor would only
     emulate it."""
@@ -32,7 +32,7 @@ def load_model(
         if not isinstance(dtype, torch.dtype):
             raise ConfigError(f'there is no dtype "{dtype}", expected float32, bfloat16 or float16.')
     try:
-        loaded = cls.from_pretrained(path, dtype=dtype or "auto")
+        loaded = cls.from_pretrained(path, dtype=dtype or "auto", **options)
     except (OSError, ValueError) as e:
         raise ConfigError(f'the model "{path}" can\'t be loaded: {e}') from e
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")

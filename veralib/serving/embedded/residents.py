@@ -136,12 +136,13 @@ class Residents:
                 raise
 
     def release(self, name: str) -> None:
-        """Ends one pin(). Between steps, or in the thread that runs them."""
+        """Ends one pin(), when no step can use the adapter for it any more."""
         with self._lock:
             entry = self.entries[name]
             entry.pins -= 1
-            if entry.doomed and not entry.pins:
-                self._drop(name)
+            surplus = not entry.pins and (entry.doomed or len(self.entries) > self.limits.slots)
+        if surplus:
+            self.between(self._drop_surplus)
 
     def forget(self, name: str) -> bool:
         """Takes an adapter out of memory, at once or when its last request ends; whether it was there."""
@@ -150,7 +151,7 @@ class Residents:
             if entry is None:
                 return False
             entry.doomed = True
-        self.between(self._drop_doomed)
+        self.between(self._drop_surplus)
         return True
 
     @property
@@ -244,10 +245,14 @@ class Residents:
                 )
             basis.keep_only(used, self.limits.max_bases)
 
-    def _drop_doomed(self) -> None:
+    def _drop_surplus(self) -> None:
+        """What is doomed, and what was more than the slots while requests used it."""
         with self._lock:
             for name in [n for n, e in self.entries.items() if e.doomed and not e.pins]:
                 self._drop(name)
+            idle = [n for n, e in self.entries.items() if not e.pins]
+            for name in idle[: max(0, len(self.entries) - self.limits.slots)]:
+                self._drop(name, evicted=True)
 
     def _drop(self, name: str, evicted: bool = False) -> None:
         del self.entries[name]

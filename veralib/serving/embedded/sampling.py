@@ -95,7 +95,7 @@ class Chooser:
 
 
 def choose(logits: Tensor, choosers: Sequence[Chooser]) -> Tensor:
-    """The next token of each request, (N,) int64. logits: (N, V) float32, may be written to. Sets failed where they aren't finite."""
+    """The next token of each request, (N,). logits: (N, V) float32, may be written to. Sets failed where they aren't finite."""
     best, tokens = logits.max(dim=-1)  # NaN wins a max, so `best` shows every row that isn't finite
     if not torch.isfinite(best).all():
         for row in (~torch.isfinite(best)).nonzero().flatten().tolist():
