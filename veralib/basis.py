@@ -7,6 +7,7 @@ matrix whatever the rank and the targets, and one copy per seed, device and dtyp
 import hashlib
 import math
 import threading
+from collections.abc import Collection
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from typing import Any
@@ -263,6 +264,16 @@ def clear_cache() -> None:
         _cache.clear()
         _views.clear()
         _peft_pair_cached.cache_clear()
+
+
+def keep_only(bases: Collection[Basis], most: int) -> None:
+    """Drops the generated matrices of all other bases where more than `most` are in memory; they grow again when next used."""
+    with _lock:
+        if len({key[0] for key in _cache}) > most:
+            for key in [key for key in _cache if key[0] not in bases]:
+                del _cache[key]
+            _views.clear()
+            _peft_pair_cached.cache_clear()
 
 
 def cache_bytes() -> int:

@@ -1,0 +1,318 @@
+"""make_app(engine): the engine behind HTTP, in vLLM's dialect of the OpenAI API."""
+
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import AsyncIterator, Awaitable
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+
+from ...errors import ConfigError, StoreError, UnknownName, VeraError
+from ..gateway.errors import ApiError
+from .answers import Shape, usage_of
+from .encoder import EncoderEngine
+from .encoder_routes import add_encoder_routes
+from .engine import EmbeddedEngine, Piece, Streams
+from .errors import BadAdapter, BadRequest, EngineBusy, EngineError
+from .metrics import Metrics
+from .protocol import AdapterBody, ChatBody, CompletionBody, Generation, Message, TokenizeBody
+from .sampling import Sampling
+
+T = TypeVar("T")
+LONGEST_BODY = 32 * 2**20
+
+
+def make_app(engine: EmbeddedEngine | EncoderEngine) -> FastAPI:
+    """The FastAPI application of one engine, which the caller closes."""
+    app = FastAPI(title="veralib embedded engine", docs_url=None, redoc_url=None)
+    metrics = Metrics(engine)
+    app.state.metrics = metrics
+    _add_error_handlers(app)
+    app.add_middleware(Counted, metrics=metrics)
+    _add_common_routes(app, engine, metrics)
+    if isinstance(engine, EncoderEngine):
+        add_encoder_routes(app, engine, metrics)
+    else:
+        _add_text_routes(app, engine, metrics)
+    return app
+
+
+def api_error(e: Exception) -> ApiError:
+    """What a client is told of an error. Anything that isn't the engine's own doing keeps its words; the rest is a 500."""
+    if isinstance(e, ApiError):
+        return e
+    if isinstance(e, UnknownName):
+        return ApiError(404, str(e), code="model_not_found", param="model")
+    if isinstance(e, BadAdapter):
+        return ApiError(422, str(e), code="bad_adapter", param="model")
+    if isinstance(e, BadRequest):
+        return ApiError(400, str(e), param=e.param)
+    if isinstance(e, EngineBusy):
+        return ApiError(429, str(e), code="engine_busy", headers={"Retry-After": "1"})
+    if isinstance(e, EngineError):
+        return ApiError(503, str(e), code="engine_failed")
+    if isinstance(e, (ConfigError, StoreError)):
+        return ApiError(422, str(e), param="model")
+    return ApiError(500, "the engine failed; its log says why.", code="internal_error")
+
+
+def _answer(error: ApiError) -> JSONResponse:
+    return JSONResponse(error.body(), error.status, error.headers)
+
+
+def _add_error_handlers(app: FastAPI) -> None:
+    def invalid(request: Request, e: Exception) -> Response:
+        assert isinstance(e, RequestValidationError)
+        faults = []
+        for fault in e.errors()[:10]:
+            where = ".".join(str(part) for part in fault["loc"] if part != "body")
+            faults.append(f"{where}: {fault['msg']}" if where else str(fault["msg"]))
+        first = e.errors()[0]["loc"] if e.errors() else ()
+        param = next((str(p) for p in first[1:] if isinstance(p, str)), None)
+        return _answer(ApiError(400, "; ".join(dict.fromkeys(faults)) or "the request is malformed.", param=param))
+
+    def status(request: Request, e: Exception) -> Response:
+        assert isinstance(e, HTTPException)
+        return _answer(ApiError(e.status_code, str(e.detail), headers=dict(e.headers) if e.headers else None))
+
+    app.exception_handler(RequestValidationError)(invalid)
+    app.exception_handler(HTTPException)(status)
+    for kind in (ApiError, VeraError):
+        app.exception_handler(kind)(lambda request, e: _answer(api_error(e)))
+
+
+class Counted:
+    """Middleware: counts requests and refuses bodies that are too long, also those that don't say how long they are."""
+
+    def __init__(self, app: Any, metrics: Metrics) -> None:
+        self.app, self.metrics = app, metrics
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        start, status, size = time.perf_counter(), 499, 0
+
+        async def limited() -> Any:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > LONGEST_BODY:
+                raise HTTPException(413, f"the body has more than {LONGEST_BODY} bytes.")
+            return message
+
+        async def noted(message: Any) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self.app(scope, limited, noted)
+        finally:
+            route = getattr(scope.get("route"), "path", "other")
+            self.metrics.requests.labels(route, str(status)).inc()
+            self.metrics.seconds.labels(route).observe(time.perf_counter() - start)
+
+
+def _add_common_routes(app: FastAPI, engine: EmbeddedEngine | EncoderEngine, metrics: Metrics) -> None:
+    started = int(time.time())
+
+    @app.get("/health")
+    async def health() -> Response:
+        """200 while the model's thread runs."""
+        return Response(status_code=200 if engine.alive else 503)
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        """The base model and the adapters that are in memory."""
+        base = {"id": engine.name, "object": "model", "created": started, "owned_by": "veralib", "root": engine.name}
+        base |= {"parent": None, "max_model_len": engine.max_model_len}
+        rest = [{**base, "id": n, "root": n, "parent": engine.name, "max_model_len": None} for n in engine.residents.names]
+        return {"object": "list", "data": [base, *rest]}
+
+    @app.get("/metrics")
+    async def metric_text() -> Response:
+        """Prometheus' text format."""
+        return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.post("/tokenize")
+    async def tokenize(body: TokenizeBody) -> dict[str, Any]:
+        """The tokens of a prompt, or of messages in the model's chat template."""
+        body.refuse_the_rest()
+        if (body.prompt is None) == (body.messages is None):
+            raise BadRequest("expected either a prompt or messages.", "prompt")
+        if body.messages is not None:
+            tokens = chat_tokens(engine.tokenizer, body.messages)
+        else:
+            tokens = engine.encode(body.prompt or "", body.add_special_tokens is not False)
+        return {"count": len(tokens), "max_model_len": engine.max_model_len, "tokens": tokens, "token_strs": None}
+
+    @app.post("/v1/load_lora_adapter")
+    async def load(body: AdapterBody) -> Response:
+        """Reads an adapter of the store into memory before it is asked for."""
+        body.refuse_the_rest()
+        if body.lora_path not in (None, "", body.lora_name):
+            raise BadRequest("adapters come from the store, by name: leave lora_path out.", "lora_path")
+
+        def read() -> None:
+            engine.residents.release(engine.residents.pin(body.lora_name))
+
+        await asyncio.get_running_loop().run_in_executor(engine.readers, read)
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
+
+    @app.post("/v1/unload_lora_adapter")
+    async def unload(body: AdapterBody) -> Response:
+        """Takes an adapter out of memory, at once or after the requests that use it."""
+        body.refuse_the_rest()
+        if not engine.residents.forget(body.lora_name):
+            raise ApiError(404, f'"{body.lora_name[:200]}" isn\'t in memory.', code="model_not_found", param="lora_name")
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
+
+
+def chat_tokens(tokenizer: Any, messages: list[Message]) -> list[int]:
+    """The prompt of a chat. BadRequest where the model has no chat template or it refuses the messages."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise BadRequest("this model's tokenizer has no chat template: use /v1/completions.", "messages")
+    try:
+        return list(
+            tokenizer.apply_chat_template(
+                [m.plain() for m in messages], add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+        )
+    except Exception as e:  # a template raises what it likes: jinja2's errors, KeyError, TypeError
+        raise BadRequest(f"the model's chat template refuses these messages: {e}", "messages") from e
+
+
+def _add_text_routes(app: FastAPI, engine: EmbeddedEngine, metrics: Metrics) -> None:
+    @app.post("/v1/completions")
+    async def completions(body: CompletionBody, request: Request) -> Response:
+        """OpenAI's completions."""
+        n = body.choices()
+        special = body.add_special_tokens is not False
+        prompts = [p if isinstance(p, list) else engine.encode(p, special) for p in body.prompts()]
+        if len(prompts) * n > engine.max_requests:
+            raise BadRequest(
+                f"{len(prompts)} prompts with n={n} are more than this engine takes: {engine.max_requests}.", "prompt"
+            )
+        limit = 16 if body.max_tokens is None else body.max_tokens
+        asked = [(p, body.sampling(c, limit, body.logprobs)) for p in prompts for c in range(n)]
+        shape = Shape(False, body.model, engine.tokenizer, body.logprobs is not None)
+        return await _run(asked, sum(map(len, prompts)), body, shape, request)
+
+    @app.post("/v1/chat/completions")
+    async def chat(body: ChatBody, request: Request) -> Response:
+        """OpenAI's chat completions."""
+        n, logprobs = body.choices(), body.wanted_logprobs()
+        prompt = chat_tokens(engine.tokenizer, body.messages)
+        limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+        asked = [(prompt, body.sampling(c, limit, logprobs)) for c in range(n)]
+        shape = Shape(True, body.model, engine.tokenizer, logprobs is not None)
+        return await _run(asked, len(prompt), body, shape, request)
+
+    @app.post("/v1/embeddings")
+    async def embeddings(request: Request) -> Response:
+        """Not of this model."""
+        raise ApiError(400, "this model generates text and gives no embeddings: serve an encoder for them.", param="model")
+
+    async def _run(
+        asked: list[tuple[list[int], Sampling]], prompt_tokens: int, body: Generation, shape: Shape, request: Request
+    ) -> Response:
+        start = time.perf_counter()
+        streams = Streams(engine)
+        try:
+            await until_gone(request, streams.open(asked, body.model))
+            metrics.prompt_tokens.inc(prompt_tokens)
+            if body.stream:
+                usage = bool(body.stream_options and body.stream_options.include_usage)
+                return Events(_events(streams, shape, prompt_tokens, usage, metrics, start), streams, metrics)
+            pieces: list[list[Piece]] = [[] for _ in asked]
+
+            async def collect() -> None:
+                async for i, piece in streams:
+                    pieces[i].append(piece)
+
+            await until_gone(request, collect())
+        except ClientGone:
+            metrics.cancelled.inc()
+            streams.close()
+            return Response(status_code=499)  # nobody reads it
+        except BaseException:
+            streams.close()
+            raise
+        generated = sum(len(p.tokens) for parts in pieces for p in parts)
+        metrics.generated_tokens.inc(generated)
+        return JSONResponse(shape.whole(pieces, usage_of(prompt_tokens, generated)))
+
+
+async def _events(
+    streams: Streams, shape: Shape, prompt_tokens: int, with_usage: bool, metrics: Metrics, start: float
+) -> AsyncIterator[str]:
+    """Server-sent events: the chunks, then [DONE]."""
+    generated = 0
+    extra: dict[str, Any] = {"usage": None} if with_usage else {}
+    for chunk in shape.first(len(streams.running)):
+        yield _event({**chunk, **extra})
+    try:
+        async for i, piece in streams:
+            if not generated:
+                metrics.first.observe(time.perf_counter() - start)
+            generated += len(piece.tokens)
+            metrics.generated_tokens.inc(len(piece.tokens))
+            said = shape.chunk(i, piece)
+            if said is not None:
+                yield _event({**said, **extra})
+        if with_usage:
+            yield _event(shape.usage_chunk(usage_of(prompt_tokens, generated)))
+    except VeraError as e:
+        yield _event(api_error(e).body())
+    yield "data: [DONE]\n\n"
+
+
+def _event(data: dict[str, Any]) -> str:
+    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
+
+
+class Events(StreamingResponse):
+    """A stream whose requests end with it, also where the client left before the first event."""
+
+    def __init__(self, events: AsyncIterator[str], streams: Streams, metrics: Metrics) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self.streams, self.metrics = streams, metrics
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            if not all(r.done for r in self.streams.running):
+                self.metrics.cancelled.inc()
+            self.streams.close()
+
+
+class ClientGone(Exception):
+    """The client closed the connection before its answer."""
+
+
+async def until_gone(request: Request, work: Awaitable[T]) -> T:
+    """What `work` gives; it is cancelled, and ClientGone raised, where the client leaves first."""
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    working, watching = asyncio.ensure_future(work), asyncio.ensure_future(gone())
+    try:
+        await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise ClientGone
+    finally:
+        watching.cancel()
+        if not working.done():
+            working.cancel()
+            with contextlib.suppress(asyncio.CancelledError, Exception):
+                await working

@@ -1,0 +1,83 @@
+"""Attention over a paged cache, sequence by sequence.
+
+transformers gives sdpa all sequences of a batch as one, with a mask of (tokens, all keys): the work grows with the square of the
+number of requests, and one request's NaN, times zero, reaches every other. Here each sequence sees its own keys alone.
+"""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+NAME = "veralib_paged"
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    cache: Any = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention of every sequence in a batch. query: (1, H, T, D); key, value: (1, H', T, D) -> (1, T, H, D).
+
+    cache: transformers' paged cache, which keeps key and value and gives back those of all earlier tokens, sequence after
+    sequence; cu_seq_lens_q and cu_seq_lens_k in kwargs say where each begins.
+    """
+    if cache is None:  # an ordinary forward, outside of the engine's loop
+        grouped = query.shape[1] != key.shape[1]
+        out = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=attention_mask, scale=scaling, is_causal=attention_mask is None, enable_gqa=grouped
+        )
+        return out.transpose(1, 2).contiguous(), None
+    key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
+    queries, keys = kwargs["cu_seq_lens_q"].tolist(), kwargs["cu_seq_lens_k"].tolist()
+    out = torch.empty_like(query.transpose(1, 2))
+    grouped = query.shape[1] != key.shape[1]
+    for q0, q1, k0, k1 in zip(queries, queries[1:], keys, keys[1:], strict=False):
+        mask, tokens, length = None, q1 - q0, k1 - k0
+        if 1 < tokens < length:  # a part of a long prompt: token i sees the keys up to its own
+            mask = torch.ones(tokens, length, dtype=torch.bool, device=query.device).tril_(length - tokens)
+        part = F.scaled_dot_product_attention(
+            query[:, :, q0:q1],
+            key[:, :, k0:k1],
+            value[:, :, k0:k1],
+            attn_mask=mask,
+            scale=scaling,
+            is_causal=1 < tokens == length,
+            enable_gqa=grouped,
+        )
+        out[:, q0:q1] = part.transpose(1, 2)
+    return out, None
+
+
+def usable(model: Any) -> bool:
+    """Whether this model's attention can be replaced: plain causal sdpa in every layer, on the CPU, and a cache that we know."""
+    from transformers.generation.continuous_batching.cache import PagedAttentionCache
+
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    known = {"key_states", "value_states", "layer_idx", "kwargs"} <= inspect.signature(
+        PagedAttentionCache.update
+    ).parameters.keys()
+    return (
+        known
+        and model.device.type == "cpu"
+        and model.config._attn_implementation == "sdpa"
+        and kinds == {"full_attention"}
+        and not getattr(config, "sliding_window", None)
+        and not getattr(config, "attn_logit_softcapping", None)
+    )
+
+
+def use(model: Any) -> None:
+    """Makes it the model's attention; set_attn_implementation("sdpa") is the way back."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(NAME, attend)
+    model.set_attn_implementation(NAME)
