@@ -107,42 +107,42 @@ class Soak:
             leave = stream and self.draw.random() < 0.2
             body = {"model": name or "books-4m", "prompt": self.world.prompts[prompt], "max_tokens": TOKENS, "temperature": 0}
             began = time.time()
+            got: str | int
             try:
-                got = await (self.streamed(client, body, leave) if stream else self.whole(client, body))
+                got, said = await (self.streamed(client, body, leave) if stream else self.whole(client, body))
             except Exception as e:
-                got = LOST
-                self.note(f"{type(e).__name__}: {e}"[:200])
-            self.answers.append(Answer(name, prompt, began, time.time(), got, leave))
+                got, said = LOST, f"{type(e).__name__}: {e}"[:200]
+            self.answers.append(Answer(name, prompt, began, time.time(), got, leave, said))
             self.counts["left streams"] += leave
             if isinstance(got, int) and got >= 500:
-                await asyncio.sleep(0.2)
+                await asyncio.sleep(1)
 
-    async def whole(self, client: Any, body: dict[str, Any]) -> str | int:
-        """The text, or the status."""
+    async def whole(self, client: Any, body: dict[str, Any]) -> tuple[str | int, str]:
+        """(the text, ""), or (the status, what came with it)."""
         answer = await client.post(f"{self.url}/v1/completions", json=body)
-        return answer.json()["choices"][0]["text"] if answer.status_code == 200 else _settled(answer.status_code)
+        if answer.status_code == 200:
+            return answer.json()["choices"][0]["text"], ""
+        return _settled(answer.status_code), answer.text[:300]
 
-    async def streamed(self, client: Any, body: dict[str, Any], leave: bool) -> str | int:
-        """The text piece by piece; left after the second piece."""
+    async def streamed(self, client: Any, body: dict[str, Any], leave: bool) -> tuple[str | int, str]:
+        """The same, piece by piece; left after the second piece."""
         text, pieces = "", 0
         async with client.stream("POST", f"{self.url}/v1/completions", json={**body, "stream": True}) as answer:
             if answer.status_code != 200:
-                return _settled(answer.status_code)
-            ended = False
+                return _settled(answer.status_code), (await answer.aread()).decode()[:300]
             async for line in answer.aiter_lines():
+                if line == "data: [DONE]":
+                    return text, ""
                 if not line.startswith("data: "):
                     continue
-                if line == "data: [DONE]":
-                    ended = True
-                    break
                 piece = json.loads(line[6:])
                 if "error" in piece:
-                    return int(piece["error"].get("code") or 0) if str(piece["error"].get("code")).isdigit() else 503
+                    return 503, line[:300]
                 text += piece["choices"][0]["text"] if piece["choices"] else ""
                 pieces += 1
                 if leave and pieces == 2:
-                    return text
-        return text if ended else LOST
+                    return text, ""
+        return LOST, "the stream ended early"
 
     async def change(self, client: Any) -> None:
         """Versions, deletions, damage, loads, unloads; one at a time, so that their order is known."""
@@ -213,11 +213,6 @@ class Soak:
     def pick(self) -> str:
         """A name by Zipf's law."""
         return self.draw.choices(self.names, cum_weights=self.weights)[0]
-
-    def note(self, line: str) -> None:
-        """Into notes.log."""
-        with open(self.folder / "notes.log", "a", encoding="utf-8") as file:
-            file.write(f"{time.time() - self.began:.1f} {line}\n")
 
 
 def _settled(status: int) -> int:

@@ -1,6 +1,5 @@
 """What a soak test knows to be true: which adapters there are, what each one's answers are, and what was live when."""
 
-import bisect
 import random
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -42,6 +41,8 @@ class Answer:
     ended: float
     got: str | int
     partial: bool = False
+    said: str = ""
+    """What came with a status."""
 
 
 @dataclass
@@ -61,8 +62,13 @@ class Timeline:
     def possible(self, name: str, began: float, ended: float) -> set[State]:
         """The states that a request in that time may have met."""
         changes = [(float("-inf"), float("-inf"), MISSING), *self.changes.get(name, ())]
-        last = bisect.bisect_right([c[0] for c in changes], ended)
-        return {state for i, (_, _, state) in enumerate(changes[:last]) if i + 1 >= len(changes) or changes[i + 1][1] >= began}
+        met: set[State] = set()
+        for begin, end, state in reversed(changes):
+            if begin <= ended:
+                met.add(state)
+                if end < began:  # it was in force already: nothing older can be met
+                    break
+        return met
 
 
 class World:
@@ -148,7 +154,7 @@ def judge(world: World, timeline: Timeline, answers: Sequence[Answer], down: Seq
                 if isinstance(s, int) and isinstance(answer.got, str)
             }
             wrong.append(
-                f"{answer.name}, prompt {answer.prompt}: got {answer.got!r}; possible {sorted(map(str, states))}: {said}"
+                f"{answer.name}, prompt {answer.prompt}: got {answer.got!r} {answer.said}; possible {sorted(map(str, states))}: {said}"
             )
     base = world.expected([(None, 0, p) for p in range(len(world.prompts))])
     own = [truth[k][0] != base[None, 0, k[2]][0] for k in truth if k[0] is not None]

@@ -55,7 +55,7 @@ class Balancer:
 
     async def copy(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Bytes from one side to the other."""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, asyncio.CancelledError):  # cancelled: the example is over
             while data := await reader.read(65536):
                 writer.write(data)
                 await writer.drain()

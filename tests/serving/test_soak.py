@@ -28,6 +28,8 @@ def test_states_that_a_request_could_meet():
     for (began, ended), states in cases.items():
         assert times.possible("ann", began, ended) == states, (began, ended)
     assert times.possible("nobody", 0, 9) == {MISSING}
+    times.add("ann", 20, 21, 2)  # what was never acknowledged is over too
+    assert times.possible("ann", 20.5, 22) == {MISSING, BROKEN, 2} and times.possible("ann", 22, 23) == {2}
 
 
 def test_two_versions_of_a_name_say_different_things_and_the_store_gives_them_back(world, tmp_path):
