@@ -153,9 +153,8 @@ def judge(world: World, timeline: Timeline, answers: Sequence[Answer], down: Seq
                 for s in states
                 if isinstance(s, int) and isinstance(answer.got, str)
             }
-            wrong.append(
-                f"{answer.name}, prompt {answer.prompt}: got {answer.got!r} {answer.said}; possible {sorted(map(str, states))}: {said}"
-            )
+            met = ", ".join(sorted(map(str, states)))
+            wrong.append(f"{answer.name}, prompt {answer.prompt}: got {answer.got!r} {answer.said}; met: {met}; expected: {said}")
     base = world.expected([(None, 0, p) for p in range(len(world.prompts))])
     own = [truth[k][0] != base[None, 0, k[2]][0] for k in truth if k[0] is not None]
     return {
