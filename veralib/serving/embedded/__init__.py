@@ -6,8 +6,9 @@
 `python -m veralib.serving.embedded --model M --store S` serves it over HTTP in vLLM's dialect.
 """
 
-from .engine import Completion, EmbeddedEngine, Piece
+from .engine import EmbeddedEngine
 from .errors import BadAdapter, BadRequest, EngineBusy, EngineError
+from .request import Completion, Piece
 from .sampling import Logprob, Sampling
 
 __all__ = [

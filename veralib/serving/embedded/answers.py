@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .engine import Piece
+from .request import Piece
 from .sampling import Logprob
 
 

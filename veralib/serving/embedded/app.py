@@ -1,30 +1,27 @@
 """make_app(engine): the engine behind HTTP, in vLLM's dialect of the OpenAI API."""
 
 import asyncio
-import contextlib
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator
+from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
-from starlette.exceptions import HTTPException
 
-from ...errors import ConfigError, StoreError, UnknownName, VeraError
+from ...errors import VeraError
 from ..gateway.errors import ApiError
 from .answers import Shape, usage_of
 from .encoder import EncoderEngine
 from .encoder_routes import add_encoder_routes
-from .engine import EmbeddedEngine, Piece, Streams
-from .errors import BadAdapter, BadRequest, EngineBusy, EngineError
+from .engine import EmbeddedEngine
+from .errors import BadRequest
 from .metrics import Metrics
 from .protocol import AdapterBody, ChatBody, CompletionBody, Generation, Message, TokenizeBody
+from .request import Piece
 from .sampling import Sampling
-
-T = TypeVar("T")
-LONGEST_BODY = 32 * 2**20
+from .streams import Streams
+from .web import ClientGone, Counted, add_error_handlers, api_error, until_gone
 
 
 def make_app(engine: EmbeddedEngine | EncoderEngine) -> FastAPI:
@@ -32,7 +29,7 @@ def make_app(engine: EmbeddedEngine | EncoderEngine) -> FastAPI:
     app = FastAPI(title="veralib embedded engine", docs_url=None, redoc_url=None)
     metrics = Metrics(engine)
     app.state.metrics = metrics
-    _add_error_handlers(app)
+    add_error_handlers(app)
     app.add_middleware(Counted, metrics=metrics)
     _add_common_routes(app, engine, metrics)
     if isinstance(engine, EncoderEngine):
@@ -40,83 +37,6 @@ def make_app(engine: EmbeddedEngine | EncoderEngine) -> FastAPI:
     else:
         _add_text_routes(app, engine, metrics)
     return app
-
-
-def api_error(e: Exception) -> ApiError:
-    """What a client is told of an error. Anything that isn't the engine's own doing keeps its words; the rest is a 500."""
-    if isinstance(e, ApiError):
-        return e
-    if isinstance(e, UnknownName):
-        return ApiError(404, str(e), code="model_not_found", param="model")
-    if isinstance(e, BadAdapter):
-        return ApiError(422, str(e), code="bad_adapter", param="model")
-    if isinstance(e, BadRequest):
-        return ApiError(400, str(e), param=e.param)
-    if isinstance(e, EngineBusy):
-        return ApiError(429, str(e), code="engine_busy", headers={"Retry-After": "1"})
-    if isinstance(e, EngineError):
-        return ApiError(503, str(e), code="engine_failed")
-    if isinstance(e, (ConfigError, StoreError)):
-        return ApiError(422, str(e), param="model")
-    return ApiError(500, "the engine failed; its log says why.", code="internal_error")
-
-
-def _answer(error: ApiError) -> JSONResponse:
-    return JSONResponse(error.body(), error.status, error.headers)
-
-
-def _add_error_handlers(app: FastAPI) -> None:
-    def invalid(request: Request, e: Exception) -> Response:
-        assert isinstance(e, RequestValidationError)
-        faults = []
-        for fault in e.errors()[:10]:
-            where = ".".join(str(part) for part in fault["loc"] if part != "body")
-            faults.append(f"{where}: {fault['msg']}" if where else str(fault["msg"]))
-        first = e.errors()[0]["loc"] if e.errors() else ()
-        param = next((str(p) for p in first[1:] if isinstance(p, str)), None)
-        return _answer(ApiError(400, "; ".join(dict.fromkeys(faults)) or "the request is malformed.", param=param))
-
-    def status(request: Request, e: Exception) -> Response:
-        assert isinstance(e, HTTPException)
-        return _answer(ApiError(e.status_code, str(e.detail), headers=dict(e.headers) if e.headers else None))
-
-    app.exception_handler(RequestValidationError)(invalid)
-    app.exception_handler(HTTPException)(status)
-    for kind in (ApiError, VeraError):
-        app.exception_handler(kind)(lambda request, e: _answer(api_error(e)))
-
-
-class Counted:
-    """Middleware: counts requests and refuses bodies that are too long, also those that don't say how long they are."""
-
-    def __init__(self, app: Any, metrics: Metrics) -> None:
-        self.app, self.metrics = app, metrics
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        start, status, size = time.perf_counter(), 499, 0
-
-        async def limited() -> Any:
-            nonlocal size
-            message = await receive()
-            size += len(message.get("body", b""))
-            if size > LONGEST_BODY:
-                raise HTTPException(413, f"the body has more than {LONGEST_BODY} bytes.")
-            return message
-
-        async def noted(message: Any) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
-        try:
-            await self.app(scope, limited, noted)
-        finally:
-            route = getattr(scope.get("route"), "path", "other")
-            self.metrics.requests.labels(route, str(status)).inc()
-            self.metrics.seconds.labels(route).observe(time.perf_counter() - start)
 
 
 def _add_common_routes(app: FastAPI, engine: EmbeddedEngine | EncoderEngine, metrics: Metrics) -> None:
@@ -291,28 +211,3 @@ class Events(StreamingResponse):
             if not all(r.done for r in self.streams.running):
                 self.metrics.cancelled.inc()
             self.streams.close()
-
-
-class ClientGone(Exception):
-    """The client closed the connection before its answer."""
-
-
-async def until_gone(request: Request, work: Awaitable[T]) -> T:
-    """What `work` gives; it is cancelled, and ClientGone raised, where the client leaves first."""
-
-    async def gone() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    working, watching = asyncio.ensure_future(work), asyncio.ensure_future(gone())
-    try:
-        await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            return working.result()
-        raise ClientGone
-    finally:
-        watching.cancel()
-        if not working.done():
-            working.cancel()
-            with contextlib.suppress(asyncio.CancelledError, Exception):
-                await working

@@ -1,13 +1,11 @@
 """EmbeddedEngine: a language model and the adapters of a store, each request with its own, in one continuous batch."""
 
-import asyncio
 import contextlib
 import itertools
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,73 +16,20 @@ from ...store import Store
 from . import attention, batching
 from .errors import BadAdapter, BadRequest, EngineBusy, EngineError
 from .loading import cache_tokens, load_model, load_tokenizer, servable_layers
+from .request import Completion, Piece, Running, whole
 from .residents import Limits, Residents
-from .sampling import Chooser, Logprob, Sampling, sampler
+from .sampling import Chooser, Sampling, sampler
 from .step import StepSelections
 from .text import TextStream
 
 PAGE = 32
 
 
-@dataclass(frozen=True)
-class Piece:
-    """What came of a request since the last piece. finish: "" until the last one, then "stop" or "length"."""
-
-    text: str
-    tokens: tuple[int, ...]
-    finish: str = ""
-    logprobs: tuple[Logprob, ...] = ()
-
-
-@dataclass(frozen=True)
-class Completion:
-    """A whole answer."""
-
-    text: str
-    tokens: tuple[int, ...]
-    finish: str
-    prompt_tokens: int
-    logprobs: tuple[Logprob, ...] = ()
-
-
-@dataclass(eq=False)
-class Running:
-    """A request in the engine. `notify` is called in the loop's thread when something came; take() gives what it is."""
-
-    id: str
-    adapter: str | None
-    prompt: tuple[int, ...]
-    sampling: Sampling
-    stops: frozenset[int]
-    notify: Callable[[], None]
-    chooser: Chooser
-    text: TextStream
-    tokens: list[int] = field(default_factory=list)
-    done: bool = False
-    error: VeraError | None = None
-    _shown: int = 0
-
-    def take(self) -> Piece | None:
-        """What came since the last take(); None: nothing. BadAdapter or EngineError where the request failed."""
-        done = self.done  # before the tokens: the last ones come first
-        if self.error:
-            raise self.error
-        new = self.tokens[self._shown :]
-        if not new and not done:
-            return None
-        hidden = done and bool(self.tokens) and self.tokens[-1] in self.stops  # the token that ends the text isn't part of it
-        text = self.text.feed(new[:-1] if hidden and new else new, last=done)
-        logprobs = tuple(self.chooser.logprobs[self._shown : self._shown + len(new)])
-        self._shown += len(new)
-        finish = "stop" if self.text.stopped or hidden else "length" if done else ""
-        return Piece(text, tuple(new), finish, logprobs)
-
-
 class EmbeddedEngine:
     """Serves a causal language model with transformers' continuous batching.
 
     model: a folder, a hub id, or a loaded model (with `tokenizer`). store: where adapters are found by name; None: only the base.
-    slots: how many unused adapters stay in memory. cache_tokens: room for keys and values, None: from the free memory.
+    slots: how many unused adapters stay in memory. cache_tokens_limit: room for keys and values, in tokens, None: from the free memory.
     max_requests: how many may run or wait; more are refused with EngineBusy. Close it, or use it in a `with`.
     """
 
@@ -226,6 +171,8 @@ class EmbeddedEngine:
         self, prompt: Sequence[int], sampling: Sampling | None = None, model: str | None = None
     ) -> AsyncIterator[Piece]:
         """The answer as it comes. Leaving the iteration cancels the request."""
+        from .streams import Streams
+
         async with Streams(self) as streams:
             await streams.open([(prompt, sampling or Sampling())], model)
             async for _, piece in streams:
@@ -261,7 +208,7 @@ class EmbeddedEngine:
         finally:
             for r in running:
                 self.cancel(r)
-        return [_whole(p, r) for p, r in zip(pieces, running, strict=True)]
+        return [whole(p, r) for p, r in zip(pieces, running, strict=True)]
 
     def close(self, wait: float = 30.0) -> None:
         """Ends the loop, after the running requests where they end within `wait` seconds."""
@@ -339,65 +286,3 @@ class EmbeddedEngine:
             self._fail(running, EngineError("the engine has stopped."))
         if self.on_death is not None and not self._closing:
             self.on_death()
-
-
-class Streams:
-    """Several requests of one client, whose pieces come as they are made: (which, piece). Leaving the `with` cancels the rest."""
-
-    def __init__(self, engine: EmbeddedEngine) -> None:
-        self.engine = engine
-        self.running: list[Running] = []
-        self._came: asyncio.Queue[int] = asyncio.Queue()
-
-    async def open(self, asked: Sequence[tuple[Sequence[int], Sampling]], model: str | None) -> None:
-        """Starts them. Raises what submit() raises, and then none of them runs."""
-        here = asyncio.get_running_loop()
-
-        def tell(i: int) -> None:
-            with contextlib.suppress(RuntimeError):  # the event loop was closed: nobody listens any more
-                here.call_soon_threadsafe(self._came.put_nowait, i)
-
-        def start() -> None:
-            for i, (prompt, sampling) in enumerate(asked):
-                self.running.append(self.engine.submit(prompt, sampling, model, lambda i=i: tell(i)))  # type: ignore[misc]
-
-        starting = here.run_in_executor(self.engine.readers, start)
-        try:
-            await asyncio.shield(starting)
-        except asyncio.CancelledError:  # the client left while its adapter was read
-            starting.add_done_callback(self._left)
-            raise
-
-    def _left(self, starting: Any) -> None:
-        if not starting.cancelled():
-            starting.exception()  # looked at, so that nobody warns of it
-        self.close()
-
-    async def __aiter__(self) -> AsyncIterator[tuple[int, Piece]]:
-        still = set(range(len(self.running)))
-        while still:
-            i = await self._came.get()
-            piece = self.running[i].take() if i in still else None
-            if piece is None:
-                continue
-            if piece.finish:
-                still.discard(i)
-                self.engine.cancel(self.running[i])
-            yield i, piece
-
-    def close(self) -> None:
-        """Cancels what still runs."""
-        for running in self.running:
-            self.engine.cancel(running)
-
-    async def __aenter__(self) -> "Streams":
-        return self
-
-    async def __aexit__(self, *_: Any) -> None:
-        self.close()
-
-
-def _whole(pieces: Sequence[Piece], running: Running) -> Completion:
-    tokens = tuple(t for p in pieces for t in p.tokens)
-    logprobs = tuple(x for p in pieces for x in p.logprobs)
-    return Completion("".join(p.text for p in pieces), tokens, pieces[-1].finish, len(running.prompt), logprobs)
