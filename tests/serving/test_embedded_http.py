@@ -143,6 +143,8 @@ BAD = [
     ("old version", {"model": "acme:ann@7-000000000000"}, 404, "no model"),
     ("path", {"model": "../../etc/passwd"}, 404, "no model"),
     ("NUL", {"model": "a\0b"}, 404, "no model"),
+    ("half a pair", {"prompt": "\ud800"}, 400, "surrogate"),
+    ("half a pair in the name", {"model": "a\udfff"}, 400, "unicode"),
     ("long name", {"model": "a" * 100_000}, 404, "no model"),
 ]
 

@@ -7,10 +7,10 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from fastapi.responses import PlainTextResponse, Response, StreamingResponse
 
 from ...errors import VeraError
-from ..gateway.errors import ApiError
+from ..gateway.errors import ApiError, json_response
 from .answers import Shape, usage_of
 from .encoder import EncoderEngine
 from .encoder_routes import add_encoder_routes
@@ -166,7 +166,7 @@ def _add_text_routes(app: FastAPI, engine: EmbeddedEngine, metrics: Metrics) -> 
             raise
         generated = sum(len(p.tokens) for parts in pieces for p in parts)
         metrics.generated_tokens.inc(generated)
-        return JSONResponse(shape.whole(pieces, usage_of(prompt_tokens, generated)))
+        return json_response(shape.whole(pieces, usage_of(prompt_tokens, generated)))
 
 
 async def _events(
@@ -194,7 +194,7 @@ async def _events(
 
 
 def _event(data: dict[str, Any]) -> str:
-    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
+    return f"data: {json.dumps(data)}\n\n"
 
 
 class Events(StreamingResponse):

@@ -16,7 +16,7 @@ from ... import attach
 from ...errors import ConfigError
 from ...store import Store
 from .errors import BadAdapter, BadRequest, EngineBusy, EngineError
-from .loading import load_model, load_tokenizer
+from .loading import encode, load_model, load_tokenizer
 from .residents import Limits, Residents
 
 Pooling = Literal["mean", "cls"]
@@ -101,8 +101,8 @@ class EncoderEngine:
         return self._waiting
 
     def encode(self, text: str, special: bool = True) -> list[int]:
-        """A text's tokens."""
-        return self.tokenizer.encode(text, add_special_tokens=special)
+        """A text's tokens. BadRequest."""
+        return encode(self.tokenizer, text, special)
 
     def check_prompt(self, tokens: Sequence[int]) -> None:
         """BadRequest where a text is empty, too long, or holds a token that the model hasn't."""

@@ -15,7 +15,7 @@ from ...errors import VeraError
 from ...store import Store
 from . import attention, batching
 from .errors import BadAdapter, BadRequest, EngineBusy, EngineError
-from .loading import cache_tokens, load_model, load_tokenizer, servable_layers
+from .loading import cache_tokens, encode, load_model, load_tokenizer, servable_layers
 from .request import Completion, Piece, Running, whole
 from .residents import Limits, Residents
 from .sampling import Chooser, Sampling, sampler
@@ -29,8 +29,8 @@ class EmbeddedEngine:
     """Serves a causal language model with transformers' continuous batching.
 
     model: a folder, a hub id, or a loaded model (with `tokenizer`). store: where adapters are found by name; None: only the base.
-    slots: how many unused adapters stay in memory. cache_tokens_limit: room for keys and values, in tokens, None: from the free memory.
-    max_requests: how many may run or wait; more are refused with EngineBusy. Close it, or use it in a `with`.
+    slots: how many unused adapters stay in memory. cache_tokens_limit: room for keys and values, in tokens; None: from the free
+    memory. max_requests: how many may run or wait; more are refused with EngineBusy. Close it, or use it in a `with`.
     """
 
     def __init__(
@@ -112,8 +112,8 @@ class EmbeddedEngine:
     # Asking
 
     def encode(self, text: str, special: bool = True) -> list[int]:
-        """A prompt's tokens."""
-        return self.tokenizer.encode(text, add_special_tokens=special)
+        """A prompt's tokens. BadRequest."""
+        return encode(self.tokenizer, text, special)
 
     def check_prompt(self, prompt: Sequence[int], sampling: Sampling) -> int:
         """How many tokens may be generated. BadRequest where the prompt, or what is asked for, is too long."""

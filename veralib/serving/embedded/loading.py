@@ -9,6 +9,7 @@ from torch import nn
 from ...errors import ConfigError
 from ...linears import is_linear
 from ...products import emulated
+from .errors import BadRequest
 
 PROBE = 17  # tokens of the forward that finds out which layers see each token once
 
@@ -50,6 +51,15 @@ def load_tokenizer(path: str) -> Any:
         return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as e:
         raise ConfigError(f'no tokenizer at "{path}": {e}. Save one there, or pass tokenizer=.') from e
+
+
+def encode(tokenizer: Any, text: str, special: bool = True) -> list[int]:
+    """A text's tokens. BadRequest for a text that isn't Unicode: half a surrogate pair, which JSON can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise BadRequest(f"the text holds half a surrogate pair at character {e.start}: it is no Unicode text.", "prompt") from e
+    return list(tokenizer.encode(text, add_special_tokens=special))
 
 
 @torch.no_grad()

@@ -8,11 +8,11 @@ from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
 from ...errors import ConfigError, StoreError, UnknownName, VeraError
-from ..gateway.errors import ApiError
+from ..gateway.errors import ApiError, error_response
 from .errors import BadAdapter, BadRequest, EngineBusy, EngineError
 from .metrics import Metrics
 
@@ -39,8 +39,8 @@ def api_error(e: Exception) -> ApiError:
     return ApiError(500, "the engine failed; its log says why.", code="internal_error")
 
 
-def _answer(error: ApiError) -> JSONResponse:
-    return JSONResponse(error.body(), error.status, error.headers)
+def _answer(error: ApiError) -> Response:
+    return error_response(error)
 
 
 def add_error_handlers(app: FastAPI) -> None:
