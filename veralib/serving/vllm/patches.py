@@ -1,4 +1,4 @@
-"""Where the plugin takes hold of vLLM: seven functions and one name, each checked against what it was written for.
+"""Where the plugin takes hold of vLLM: nine functions and one name, each checked against what it was written for.
 
 Nothing is imported for it: a module is taken hold of when vLLM imports it. On a server without VeRA settings every one of them
 does what it always did; with them, and with a vLLM that isn't the one below, the server refuses to start and says what differs.
@@ -29,6 +29,9 @@ _EXPECTED: dict[str, dict[str, tuple[tuple[str, ...], Callable | None]]] = {
         "EngineCore.add_lora": (("self", "lora_request"), residents.add_lora),
         "EngineCore.remove_lora": (("self", "lora_id"), residents.remove_lora),
         "EngineCore.add_request": (("self", "request", "request_wave"), residents.add_request),
+    },
+    "vllm.v1.engine.llm_engine": {
+        "LLMEngine.add_request": (("self", "request_id", "prompt", "params"), residents.add_offline)
     },
     "vllm.entrypoints.openai.models.serving": {
         "OpenAIServingModels.__init__": (("self", "engine_client", "base_model_paths", "lora_modules"), server.attach),

@@ -5,8 +5,9 @@ for everybody. Here the engine core decides, which knows every unfinished reques
 so a step finds every adapter in memory.
 """
 
+import inspect
 from collections import OrderedDict
-from itertools import count
+from itertools import count, islice
 from typing import Any
 
 import msgspec
@@ -15,6 +16,8 @@ from ...errors import AdapterMismatch
 from .settings import settings_of
 
 _NAME = "_vera_residents"
+FAILED = "Call to add_lora method failed: "
+"""How vLLM begins what it says of an exception in the engine's process."""
 
 
 class Residents:
@@ -34,8 +37,9 @@ class Residents:
         known = self.held.get(request.lora_int_id)
         if known is not None and not request.load_inplace:
             self.held.move_to_end(request.lora_int_id)
+            self._make_room(0)
             return True
-        self._make_room()
+        self._make_room(1)
         number = next(self._numbers)
         answers = self._ask("add_lora", msgspec.structs.replace(request, lora_int_id=number, load_inplace=False))
         if refusals := [a for a in answers if isinstance(a, str)]:
@@ -63,11 +67,14 @@ class Residents:
         self.add(lora)
         request.lora_request = msgspec.structs.replace(lora, lora_int_id=self.held[lora.lora_int_id])
 
-    def _make_room(self) -> None:
-        if len(self.held) < self.capacity:
+    def _make_room(self, more: int) -> None:
+        if len(self.held) + more <= self.capacity:
             return
         in_use = self._in_use()
-        for given in [g for g, number in self.held.items() if number not in in_use][: len(self.held) - self.capacity + 1]:
+        # Only idle ones count: what an API server used among its last `capacity` names is then always here.
+        surplus = len(self.held) - len(in_use) - self.capacity + more
+        idle = (given for given, number in self.held.items() if number not in in_use)
+        for given in list(islice(idle, max(0, surplus))):
             self._ask("remove_lora", self.held.pop(given))
 
     def _in_use(self) -> set[int]:
@@ -110,3 +117,16 @@ def add_request(core: Any, upstream: Any, request: Any, request_wave: int = 0) -
             answer([request.request_id], request.client_index)
             return None
     return upstream(core, request, request_wave)
+
+
+def add_offline(engine: Any, upstream: Any, *args: Any, **options: Any) -> Any:
+    """LLMEngine.add_request: the adapter is loaded first. A refusal later on would leave a request that never ends."""
+    lora = inspect.signature(upstream).bind(engine, *args, **options).arguments.get("lora_request")
+    if lora is not None and settings_of(engine.vllm_config) is not None:
+        try:
+            engine.engine_core.add_lora(lora)
+        except AdapterMismatch:
+            raise
+        except Exception as e:  # from another process vLLM brings the words alone
+            raise AdapterMismatch(str(e).partition(FAILED)[2] or str(e)) from e
+    return upstream(engine, *args, **options)

@@ -17,10 +17,9 @@ from ...errors import AdapterMismatch, StoreError, UnknownName, VeraError
 from ...store import open_store
 from ..names import engine_name, is_name, parse_engine_name
 from .manager import read
+from .residents import FAILED
 from .settings import Settings, check_with_lora, settings_of
 from .wire import STORE, pack, request_id
-
-_FAILED = "Call to add_lora method failed: "
 
 
 @dataclass(frozen=True)
@@ -48,8 +47,8 @@ class Adapters:
         self.models, self.settings = models, settings
         self.store = open_store(settings.store)
         self.capacity: int = config.lora_config.max_cpu_loras
-        self.loaded: OrderedDict[str, None] = OrderedDict()
-        """The engine's names that the engine has been given, who was asked for longest ago first."""
+        self.loaded: OrderedDict[str, str] = OrderedDict()
+        """name -> the version that the engine has been given; who was asked for longest ago first."""
         self._current: dict[str, tuple[float, str]] = {}
         self._locks: dict[str, asyncio.Lock] = {}
         self._pool = ThreadPoolExecutor(4, thread_name_prefix="vera-store")
@@ -60,16 +59,17 @@ class Adapters:
         current = await self._version(name)
         for _ in range(3):
             known = self.models.lora_requests.get(current)
-            if known is not None and current in self.loaded:
-                self.loaded.move_to_end(current)
+            plain = current.partition("@")[0]
+            if known is not None and self.loaded.get(plain) == current:
+                self.loaded.move_to_end(plain)
                 return known
             lock = self._locks.setdefault(current, asyncio.Lock())
             try:
                 async with lock:
-                    if current not in self.loaded:
-                        await self._load(current)
+                    if self.loaded.get(plain) != current:
+                        await self._load(plain, current)
             except _Changed:
-                current = await self._version(current.partition("@")[0], trust=False)
+                current = await self._version(plain, trust=False)
             finally:
                 if not lock.locked():
                     self._locks.pop(current, None)
@@ -94,7 +94,7 @@ class Adapters:
             raise _unknown(name)
         return current
 
-    async def _load(self, current: str) -> None:
+    async def _load(self, plain: str, current: str) -> None:
         from vllm.lora.request import LoRARequest
 
         number, path = request_id(current), STORE + current
@@ -107,29 +107,26 @@ class Adapters:
         try:
             await self.models.engine_client.add_lora(LoRARequest(current, number, packed))
         except Exception as e:
-            text = str(e).partition(_FAILED)[2] or str(e)
+            text = str(e).partition(FAILED)[2] or str(e)
             raise Refusal(HTTPStatus.BAD_REQUEST, text) from e
-        plain = current.partition("@")[0]
-        for old in [n for n in self.models.lora_requests if n.startswith(plain + "@") and n != current]:
-            self._forget(old)  # nobody can ask for it any more
+        self._forget(plain)  # nobody can ask for the version before any more
         self.models.lora_requests[current] = LoRARequest(current, number, path)
-        self.loaded[current] = None
+        self.loaded[plain] = current
         while len(self.loaded) > self.capacity:
             self._forget(next(iter(self.loaded)))
 
-    def _forget(self, current: str) -> None:
-        self.loaded.pop(current, None)
-        self.models.lora_requests.pop(current, None)
+    def _forget(self, plain: str) -> None:
+        if (current := self.loaded.pop(plain, None)) is not None:
+            self.models.lora_requests.pop(current, None)
 
     async def unload(self, name: str) -> str:
-        """Forgets an adapter, whichever version is loaded; the next request for it reads it anew. Raises a Refusal."""
+        """Forgets an adapter, by its name or its version's; the next request for it reads it anew. Raises a Refusal."""
         plain = name.partition("@")[0]
-        gone = [n for n in self.models.lora_requests if n == name or ("@" not in name and n.startswith(plain + "@"))]
-        if not gone:
+        current = self.loaded.get(plain)
+        if current is None or name not in (plain, current):
             raise Refusal(HTTPStatus.NOT_FOUND, f'adapter "{name[:200]}" isn\'t loaded.')
-        for current in gone:
-            self._forget(current)
-            await self.models.engine_client.remove_lora(request_id(current))
+        self._forget(plain)
+        await self.models.engine_client.remove_lora(request_id(current))
         return f"Success: LoRA adapter '{name}' removed successfully."
 
     async def _ask(self, function: Any, *args: Any) -> Any:
