@@ -88,11 +88,12 @@ class Engine:
 
         self.llm = LLM(
             str(folder / "base"), dtype=dtype, max_model_len=128, enforce_eager=True, skip_tokenizer_init=True,
-            enable_lora=True, max_loras=slots, max_num_seqs=320, max_num_batched_tokens=8192, enable_prefix_caching=False, **options,
+            enable_lora=True, max_loras=slots, max_num_seqs=320, max_num_batched_tokens=8192,
+            enable_prefix_caching=False, **options,
         )  # fmt: skip
 
     def run(self, adapters: Sequence[Any], requests: int, tokens: int, prompt: int = PROMPT) -> tuple[float, float]:
-        """Seconds for `requests` requests of `prompt` + `tokens` tokens, the adapters in turn; median seconds of a decode step."""
+        """Seconds for `requests` requests of `prompt` + `tokens` tokens, adapters in turn; median seconds of a decode step."""
         from vllm import SamplingParams
 
         from . import measure
@@ -116,7 +117,9 @@ class Engine:
         gc.collect()
 
 
-def compare(engine: Engine, cases: dict[str, Sequence[Any]], requests: int, prompt: int, tokens: int, rounds: int) -> dict[str, Any]:
+def compare(
+    engine: Engine, cases: dict[str, Sequence[Any]], requests: int, prompt: int, tokens: int, rounds: int
+) -> dict[str, Any]:
     """{case: {total, step: time ÷ base's of the same round}} and the base's own seconds; "base" is among the cases."""
     for adapters in cases.values():
         engine.run(adapters, requests, 2, prompt)
@@ -143,7 +146,9 @@ def vera(folder: Path, store: Any, dtype: str) -> list[dict[str, Any]]:
     """0, 1, 8, 32 distinct adapters in 64 requests; 1 and 256 in 256."""
     from veralib.serving.vllm import lora_request
 
-    engine = Engine(folder, dtype, 256, max_cpu_loras=256, additional_config={"vera": {"store": str(folder / "store"), "max_rank": RANK}})
+    engine = Engine(
+        folder, dtype, 256, max_cpu_loras=256, additional_config={"vera": {"store": str(folder / "store"), "max_rank": RANK}}
+    )
     every = [lora_request(store, f"a{i}") for i in range(256)]
     cases = {"base": (), **{str(n): every[:n] for n in (1, 8, 32)}}
     if dtype == "bfloat16":  # slow where the processor has no arithmetic for it
@@ -169,14 +174,18 @@ def lora(folder: Path, rank: int) -> dict[str, Any]:
 def registered(folder: Path, store: Any) -> list[dict[str, Any]]:
     """The decode step of 256 sequences with 256 adapters, while more and more are in memory."""
     import torch
+    from vllm.lora.request import LoRARequest
 
     from veralib.basis import Basis
     from veralib.serving.vllm import lora_request
     from veralib.serving.vllm.wire import Unit, Vectors, pack
-    from vllm.lora.request import LoRARequest
 
     engine = Engine(
-        folder, "float32", 256, max_cpu_loras=100_000, additional_config={"vera": {"store": str(folder / "store"), "max_rank": RANK}}
+        folder,
+        "float32",
+        256,
+        max_cpu_loras=100_000,
+        additional_config={"vera": {"store": str(folder / "store"), "max_rank": RANK}},
     )
     used = [lora_request(store, f"a{i}") for i in range(256)]
     unit = Unit("model.layers.0.self_attn.q_proj", 512, 512, torch.ones(16), torch.ones(512))
@@ -189,7 +198,13 @@ def registered(folder: Path, store: Any) -> list[dict[str, Any]]:
             engine.llm.llm_engine.add_lora(LoRARequest(f"more{i}", 10**9 + i, path))
         seconds, added, have = time.perf_counter() - start, count - have, count
         steps = [engine.run(used, 256, 6, 8)[1] for _ in range(2)]
-        out.append({"registered": count, "decode_step_ms": round(1000 * min(steps), 2), "load_ms": round(1000 * seconds / added, 3) if added else None})
+        out.append(
+            {
+                "registered": count,
+                "decode_step_ms": round(1000 * min(steps), 2),
+                "load_ms": round(1000 * seconds / added, 3) if added else None,
+            }
+        )
         print(f"  {out[-1]}", flush=True)
     engine.close()
     return out
@@ -207,7 +222,9 @@ def main() -> None:
 
     torch.set_num_threads(1)
     parts = options.only or ["float32", "bfloat16", "lora", "registered"]
-    result: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {"run": "vllm", "shape": SHAPE, "rank": RANK}
+    result: dict[str, Any] = (
+        json.loads(options.out.read_text()) if options.out.exists() else {"run": "vllm", "shape": SHAPE, "rank": RANK}
+    )
     with tempfile.TemporaryDirectory() as name, measure.alone():
         folder = Path(name)
         store = build(folder, 256)

@@ -72,7 +72,9 @@ def test_what_cannot_be_served_is_refused_in_words_and_nobody_else_notices(world
     from transformers import LlamaConfig, LlamaForCausalLM
 
     def wide():
-        return LlamaForCausalLM(LlamaConfig(hidden_size=256, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, vocab_size=128))
+        return LlamaForCausalLM(
+            LlamaConfig(hidden_size=256, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, vocab_size=128)
+        )
 
     world.put("large", 5, rank=64)
     world.put("unique", 6, sharing="unique", targets=("q_proj",))
@@ -92,7 +94,7 @@ def test_what_cannot_be_served_is_refused_in_words_and_nobody_else_notices(world
     for name, words in cases.items():
         with pytest.raises(AdapterMismatch, match=words):
             world.ask(llm, [(name, PROMPTS[0])])
-    with pytest.raises(AdapterMismatch, match="no longer the current one|no adapter"):
+    with pytest.raises(AdapterMismatch, match=r"no longer the current one|no adapter"):
         stale = LoRARequest("ann@1-000000000000", 77, "vera-store:ann@1-000000000000")
         llm.generate([{"prompt_token_ids": [1]}], greedy(), lora_request=[stale], use_tqdm=False)
     with pytest.raises(AdapterMismatch, match="takes VeRA adapters from its store"):

@@ -41,7 +41,8 @@ class Server:
         vera = {"vera": {"store": str(folder / "store"), "max_rank": 32}}
         command = [
             sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1", "--port", str(port),
-            "--model", str(MODEL), "--served-model-name", "base", "--dtype", "float32", "--max-model-len", "256", "--enforce-eager",
+            "--model", str(MODEL), "--served-model-name", "base", "--dtype", "float32", "--max-model-len", "256",
+            "--enforce-eager",
             "--enable-lora", "--max-loras", "2", "--max-cpu-loras", "4", "--additional-config", json.dumps(vera),
         ]  # fmt: skip
         environment = {**os.environ, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "OMP_NUM_THREADS": "1"}

@@ -81,9 +81,9 @@ class Bases:
                 block[at, : part.shape[0], : part.shape[1]] = part.to(self.device, self.dtype)
             return
         table = torch.from_numpy(level_table(basis.levels).copy()).to(self.device) * self.factor(basis)
-        for (first, last), block in self._a.items():
+        for (first, _), block in self._a.items():
             _grow(block[at], table, basis, MATRIX_A, 0, first)
-        for (first, last), block in self._b.items():
+        for (first, _), block in self._b.items():
             _grow(block[at], table, basis, MATRIX_B, first, 0)
 
 

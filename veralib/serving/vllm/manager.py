@@ -53,13 +53,15 @@ class Manager:
     # The model
 
     def create_lora_manager(self, model: nn.Module, vllm_config: Any) -> nn.Module:
-        """The model, ready for adapters. Its modules stay what they are: each linear's quant method gets an `apply` around its own."""
+        """The model, ready for adapters. Its modules stay: each linear's quant method gets an `apply` around its own."""
         from vllm.model_executor.utils import get_packed_modules_mapping
 
         packed = get_packed_modules_mapping(model)
         found = {n: mp for n, mp in places(model, self.hf_config, packed).items() if self._wanted(n, packed)}
         if not found:
-            raise StateError(f"{type(model).__name__} has no linear that an adapter could go on, or --lora-target-modules names none.")
+            raise StateError(
+                f"{type(model).__name__} has no linear that an adapter could go on, or --lora-target-modules names none."
+            )
         self._renamed = getattr(getattr(model, "hf_to_vllm_mapper", None), "get_rename_mapper", lambda: None)()
         r, k = self.settings.max_rank, self.settings.max_bases
         pieces = [p for _, place in found.values() for p in place.pieces]
@@ -78,10 +80,10 @@ class Manager:
             self.sites[name] = site
             for i, piece in enumerate(place.pieces):
                 self._of_unit.setdefault(piece.unit, []).append((site, i))
-            method = module.quant_method
+            method: Any = module.quant_method
             if not hasattr(method.apply, "vera_inner"):
                 method.apply = adapted(method.apply)
-            module.vera_site = site
+            module.__dict__["vera_site"] = site
         return model
 
     def _wanted(self, name: str, packed: Mapping[str, list[str]]) -> bool:
@@ -122,7 +124,7 @@ class Manager:
             return unpack(path)
         if not path.startswith(STORE):
             raise StoreError(
-                f'adapter "{name}" has the path "{path[:200]}": this server takes VeRA adapters from its store by name. Plain LoRA '
+                f'adapter "{name}" has the path "{path[:200]}": this server takes VeRA adapters from its store by name. LoRA '
                 'adapters need a server without the setting "vera".'
             )
         return read(self._opened(), path.removeprefix(STORE), self.settings)
@@ -138,7 +140,9 @@ class Manager:
         at = self.bases.place(vectors.basis)
         factor = 1 / self.bases.factor(vectors.basis)
         d = torch.cat([unit.d * factor for unit, found in units for _ in found])
-        b = torch.cat([unit.b[p.start : p.start + p.width] for unit, found in units for p in (s.place.pieces[i] for s, i in found)])
+        b = torch.cat(
+            [unit.b[p.start : p.start + p.width] for unit, found in units for p in (s.place.pieces[i] for s, i in found)]
+        )
         d, b = d.to(self.dtype), b.to(self.dtype)
         if self.device.type != "cpu":
             d, b = d.pin_memory(), b.pin_memory()
@@ -154,17 +158,15 @@ class Manager:
         found = self._of_unit[known]
         site = found[0][0]
         outputs = site.place.outputs[known]
-        whole = sum(n for u, n in site.place.outputs.items() if u.partition(":")[0] == known.partition(":")[0] and ":" in u)
         if len(unit.b) != outputs or (unit.inputs and unit.inputs != site.place.inputs):
             raise AdapterMismatch(
                 f'adapter "{name}" has {len(unit.b)} outputs and {unit.inputs} inputs at "{unit.name}"; this server\'s model has '
-                f"{outputs} and {site.place.inputs} there{f', {whole} outputs with all parts' if whole else ''}. Serve the model it "
-                "was trained on."
+                f"{outputs} and {site.place.inputs} there. Serve the model it was trained on."
             )
         if len(unit.d) > self.settings.max_rank:
             raise AdapterMismatch(
-                f'adapter "{name}" has rank {len(unit.d)} at "{unit.name}", and this server takes up to {self.settings.max_rank}: '
-                'start it with a larger "max_rank" in the setting "vera".'
+                f'adapter "{name}" has rank {len(unit.d)} at "{unit.name}", and this server takes up to '
+                f'{self.settings.max_rank}: start it with a larger "max_rank" in the setting "vera".'
             )
         if not site.called and not self.static and self._ran:
             raise AdapterMismatch(
@@ -194,11 +196,10 @@ class Manager:
                     columns_d.append(torch.arange(start, start + len(unit.d)))
                     columns_b.append(torch.arange(site.columns_b[i].start, site.columns_b[i].stop))
                     pieces.append(site.numbers[i])
-            to = {"device": self.device, "dtype": torch.long}
             self._layouts[key] = Layout(
                 len(self._layouts),
-                torch.cat(columns_d).to(**to),
-                torch.cat(columns_b).to(**to),
+                torch.cat(columns_d).to(self.device),
+                torch.cat(columns_b).to(self.device),
                 frozenset(pieces),
                 max(r for _, r in key),
             )

@@ -30,9 +30,7 @@ _EXPECTED: dict[str, dict[str, tuple[tuple[str, ...], Callable | None]]] = {
         "EngineCore.remove_lora": (("self", "lora_id"), residents.remove_lora),
         "EngineCore.add_request": (("self", "request", "request_wave"), residents.add_request),
     },
-    "vllm.v1.engine.llm_engine": {
-        "LLMEngine.add_request": (("self", "request_id", "prompt", "params"), residents.add_offline)
-    },
+    "vllm.v1.engine.llm_engine": {"LLMEngine.add_request": (("self", "request_id", "prompt", "params"), residents.add_offline)},
     "vllm.entrypoints.openai.models.serving": {
         "OpenAIServingModels.__init__": (("self", "engine_client", "base_model_paths", "lora_modules"), server.attach),
         "OpenAIServingModels.load_lora_adapter": (("self", "request", "base_model_name"), server.load_adapter),
@@ -184,11 +182,14 @@ def _check_at_start(module: ModuleType) -> None:
 
 def demand() -> None:
     """StateError where this vLLM isn't what the plugin was written for."""
-    faults = [*_faults, *(f"there is no module {name}" for name in sorted(_Later.waiting) if importlib.util.find_spec(name) is None)]
+    faults = [
+        *_faults,
+        *(f"there is no module {name}" for name in sorted(_Later.waiting) if importlib.util.find_spec(name) is None),
+    ]
     if faults:
         raise StateError(
-            f"veralib's plugin for vLLM was tested with {', '.join(TESTED)}; this is {version()}, and it differs where the plugin "
-            f"takes hold of it: {'; '.join(faults)}. Install a tested version, or a newer veralib."
+            f"veralib's plugin for vLLM was tested with {', '.join(TESTED)}; this is {version()}, and it differs where the "
+            f"plugin takes hold of it: {'; '.join(faults)}. Install a tested version, or a newer veralib."
         )
 
 

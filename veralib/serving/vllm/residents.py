@@ -10,8 +10,6 @@ from collections import OrderedDict
 from itertools import count, islice
 from typing import Any
 
-import msgspec
-
 from ...errors import AdapterMismatch
 from .settings import settings_of
 
@@ -33,7 +31,7 @@ class Residents:
         self._numbers = count(1)
 
     def add(self, request: Any) -> bool:
-        """The adapter of a LoRARequest is in every worker's memory. AdapterMismatch, with the worker's words, where it can't be."""
+        """The adapter of a LoRARequest is in every worker's memory. AdapterMismatch, in the worker's words, where it can't be."""
         known = self.held.get(request.lora_int_id)
         if known is not None and not request.load_inplace:
             self.held.move_to_end(request.lora_int_id)
@@ -41,7 +39,7 @@ class Residents:
             return True
         self._make_room(1)
         number = next(self._numbers)
-        answers = self._ask("add_lora", msgspec.structs.replace(request, lora_int_id=number, load_inplace=False))
+        answers = self._ask("add_lora", _renumbered(request, number))
         if refusals := [a for a in answers if isinstance(a, str)]:
             self._ask("remove_lora", number)
             raise AdapterMismatch(refusals[0])
@@ -65,7 +63,7 @@ class Residents:
         if lora is None:
             return
         self.add(lora)
-        request.lora_request = msgspec.structs.replace(lora, lora_int_id=self.held[lora.lora_int_id])
+        request.lora_request = _renumbered(lora, self.held[lora.lora_int_id])
 
     def _make_room(self, more: int) -> None:
         if len(self.held) + more <= self.capacity:
@@ -82,6 +80,12 @@ class Residents:
 
     def _ask(self, method: str, *args: Any) -> list[Any]:
         return self.core.model_executor.collective_rpc(method, args=args)
+
+
+def _renumbered(request: Any, number: int) -> Any:
+    import msgspec
+
+    return msgspec.structs.replace(request, lora_int_id=number, load_inplace=False)
 
 
 def residents_of(core: Any) -> Residents | None:

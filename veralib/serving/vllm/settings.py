@@ -58,7 +58,7 @@ def check_with_lora(vllm_config: Any) -> None:
     """ConfigError where vLLM's own LoRA settings don't go with the plugin."""
     lora = vllm_config.lora_config
     if lora is None:
-        raise ConfigError('the setting "vera" needs vLLM\'s LoRA support: start with --enable-lora --max-loras N --max-cpu-loras M.')
+        raise ConfigError('the setting "vera" needs vLLM\'s LoRA support: add --enable-lora --max-loras N --max-cpu-loras M.')
     for name, why in (
         ("fully_sharded_loras", "A and B are sharded as the layers are"),
         ("enable_tower_connector_lora", "adapters go on the language model alone"),

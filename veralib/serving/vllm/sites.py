@@ -100,9 +100,7 @@ def _slices(module: Any, rank: int) -> list[_Slice]:
     return [_Slice(module.output_size, module.output_size, 0)]
 
 
-def _pieces(
-    name: str, slices: list[_Slice], config: Any, packed: list[str], inputs: int
-) -> tuple[list[Piece], dict[str, int]]:
+def _pieces(name: str, slices: list[_Slice], config: Any, packed: list[str], inputs: int) -> tuple[list[Piece], dict[str, int]]:
     parent, dot, _ = name.rpartition(".")
     here = [sum(s.here for s in slices[:i]) for i in range(len(slices))]
     if len(packed) == len(slices) and len(slices) > 1:  # several linears of transformers, fused by vLLM
@@ -115,9 +113,7 @@ def _pieces(
         known = parts(name, _Shape(total, inputs), config)
         starts = [sum(s.total for s in slices[:i]) for i in range(len(slices))]
         in_order = [rows.start if isinstance(rows, slice) else None for rows in known.values()] == starts
-        whole = [
-            Piece(name, out, start + s.index * s.here, s.here) for s, out, start in zip(slices, here, starts, strict=True)
-        ]
+        whole = [Piece(name, out, start + s.index * s.here, s.here) for s, out, start in zip(slices, here, starts, strict=True)]
         whole = whole if in_order else []  # vLLM keeps the rows in another order than transformers does, or nobody knows
         units = [f"{name}:{part}" for part in known] if len(known) == len(slices) else []
     own = [Piece(u, out, s.index * s.here, s.here) for u, s, out in zip(units, slices, here, strict=False)]

@@ -97,7 +97,7 @@ class Site:
         if x.shape[0] != step.tokens:
             if x.shape[0] < step.tokens:
                 raise RuntimeError(
-                    f'"{self.place.name}" got {x.shape[0]} of the step\'s {step.tokens} tokens: which adapters they have isn\'t known. '
+                    f'"{self.place.name}" got {x.shape[0]} of {step.tokens} tokens: whose adapters they use isn\'t known. '
                     "Restrict the adapters to other layers with --lora-target-modules."
                 )
             x, out = x[: step.tokens], out[: step.tokens]  # padding

@@ -79,7 +79,7 @@ class Tables:
         self.rows = torch.full((self.tokens,), self.slots, dtype=torch.long, device=self.device)
         self.rows_of = torch.full((self.bases, self.tokens), self.slots, dtype=torch.long, device=self.device)
         self._keys: dict[frozenset[int], tuple[int, frozenset[int], int]] = {}
-        self._last: tuple[tuple[int, ...], tuple[int | None, ...]] | None = None
+        self._last: tuple[int, ...] | None = None
 
     @property
     def bytes(self) -> int:
@@ -128,7 +128,7 @@ class Tables:
         mine = rows if everyone else rows[active]
         device_rows = self._sent(mine)
         if len(bases) == 1:
-            rows_of = (device_rows,)
+            rows_of: tuple[Tensor, ...] = (device_rows,)
         else:
             rows_of = tuple(self._sent(np.where(basis_of_row[mine] == k, mine, self.slots)) for k in bases)
         slot = int(mine[0]) if len(adapters) == 1 else None
