@@ -2,13 +2,14 @@
 
 A Llama of 59 M parameters with random weights, one engine in this process; in every round the base alone and batches with 1, 8,
 32 and 256 distinct adapters in turn, so that what disturbs one disturbs the others. One thread, its processor time. Needs
-vLLM: `make test-vllm` builds .venv-vllm, and this runs in it.
+vLLM: `make test-vllm` builds .venv-vllm, and this runs in it, eight minutes. Renders the table of docs/serving-vllm.md.
 """
 
 import argparse
 import gc
 import json
 import os
+import re
 import statistics
 import tempfile
 import time
@@ -19,13 +20,15 @@ from typing import Any
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "2",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_LOGGING_LEVEL": "WARNING",
     "OMP_NUM_THREADS": "1",
 }
 OUT = Path(__file__).resolve().parent.parent / "results" / "serving" / "vllm.json"
+PAGE = OUT.parents[2] / "docs" / "serving-vllm.md"
+PART = re.compile(r"(<!-- vllm -->\n).*?(<!-- /vllm -->)", re.DOTALL)
 RANK = 256
 SHAPE = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8, "vocab_size": 32000}
 PROMPT = 32
@@ -156,12 +159,13 @@ def vera(folder: Path, store: Any, dtype: str) -> list[dict[str, Any]]:
     else:
         out = [compare(engine, cases, 64, PROMPT, 32, 3)]
         out.append(compare(engine, {"base": (), "1": every[:1], "256": every}, 256, 8, 8, 2))
+        out.append(compare(engine, {"base": (), "32": every[:32]}, 64, 8, 8, 2))  # beside LoRA's
     engine.close()
     return out
 
 
 def lora(folder: Path, rank: int) -> dict[str, Any]:
-    """vLLM's own LoRA, in an engine of its own."""
+    """vLLM's own LoRA, in an engine of its own, whose base alone is slower the larger the LoRA slots are: see the absolute times."""
     from vllm.lora.request import LoRARequest
 
     engine = Engine(folder, "float32", 32, max_cpu_loras=32, max_lora_rank=rank)
@@ -210,6 +214,41 @@ def registered(folder: Path, store: Any) -> list[dict[str, Any]]:
     return out
 
 
+def table(result: dict[str, Any]) -> str:
+    """Markdown: the rows of a result file."""
+
+    def row(name: str, what: str, run: dict[str, Any], plain: dict[str, Any] | None = None) -> str:
+        """plain: another engine's base to divide by; the run's own where there is none."""
+        cells = []
+        for case in ("1", "8", "32", "256"):
+            if (found := run["cases"].get(case)) is None:
+                cells.append("")
+            elif plain is None:
+                cells.append(f"{found['time_over_base']:.2f} ({found['decode_step_over_base']:.2f})")
+            else:
+                total, step = found["seconds"] / plain["seconds"], found["decode_step_ms"] / plain["decode_step_ms"]
+                cells.append(f"{total:.2f} ({step:.2f})")
+        work = f"{run['requests']} × {run['prompt']} + {run['tokens']} tokens"
+        return f"| {name} | {what} | {work} | {' | '.join(cells)} |"
+
+    lines = ["| | dtype | requests | 1 adapter | 8 | 32 | 256 |", "|---|---|---|---|---|---|---|"]
+    for dtype in ("bfloat16", "float32"):
+        lines += [row(f"VeRA r={result['rank']}", dtype, run) for run in result.get(dtype, ())]
+    if "float32" in result:
+        plain = result["float32"][-1]["cases"]["base"]  # LoRA's own engine is slower without adapters too
+        lines += [row(f"LoRA r={rank}", "float32", run, plain) for rank, run in result.get("lora", {}).items()]
+    if "registered" in result:
+        steps = ", ".join(f"{r['registered']:,}: {r['decode_step_ms']:.0f} ms" for r in result["registered"])
+        lines += ["", f"A decode step of 256 sequences with 256 adapters, by the number of adapters in memory: {steps}."]
+    return "\n".join(lines)
+
+
+def render(result: dict[str, Any]) -> None:
+    """Puts the table into the page."""
+    text = PAGE.read_text()
+    PAGE.write_text(PART.sub(lambda m: f"{m[1]}{table(result)}\n{m[2]}", text))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=["float32", "bfloat16", "lora", "registered"])
@@ -239,6 +278,8 @@ def main() -> None:
         result["environment"] = measure.environment()
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=1) + "\n")
+    if options.out == OUT:
+        render(result)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ class Manager:
         model = vllm_config.model_config
         plain = emulated(torch.empty(0, dtype=model.dtype, device=self.device))
         self.dtype: torch.dtype = torch.float32 if plain else model.dtype
-        self.static = self.device.type != "cpu" and not model.enforce_eager
+        self.static = not model.enforce_eager
         self.hf_config = model.hf_config
         self.loaded: dict[int, Loaded] = {}
         self.active: OrderedDict[int, int] = OrderedDict()

@@ -87,7 +87,7 @@ class Site:
         step = self.tables.step
         if step is None:
             return out
-        if self.tables.static:
+        if self.tables.static and x.device.type != "cpu":  # perhaps captured in a CUDA graph
             return self._add_static(x, out)
         if groups := self.groups(step):
             self._add_eager(x.reshape(-1, x.shape[-1]), out.view(-1, out.shape[-1]), step, groups)
