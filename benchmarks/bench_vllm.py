@@ -165,7 +165,7 @@ def vera(folder: Path, store: Any, dtype: str) -> list[dict[str, Any]]:
 
 
 def lora(folder: Path, rank: int) -> dict[str, Any]:
-    """vLLM's own LoRA, in an engine of its own, whose base alone is slower the larger the LoRA slots are: see the absolute times."""
+    """vLLM's own LoRA, in an engine of its own, whose base alone is slower the larger its slots are: see the absolute times."""
     from vllm.lora.request import LoRARequest
 
     engine = Engine(folder, "float32", 32, max_cpu_loras=32, max_lora_rank=rank)
