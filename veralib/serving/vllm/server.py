@@ -9,7 +9,6 @@ import asyncio
 import time
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
@@ -22,12 +21,12 @@ from .settings import Settings, check_with_lora, settings_of
 from .wire import STORE, pack, request_id
 
 
-@dataclass(frozen=True)
 class Refusal(Exception):
     """Why a request can't have its adapter, and the HTTP status that says so."""
 
-    status: HTTPStatus
-    text: str
+    def __init__(self, status: HTTPStatus, text: str) -> None:
+        super().__init__(text)
+        self.status, self.text = status, text
 
     def answer(self) -> Any:
         """As vLLM's ErrorResponse."""
