@@ -1,0 +1,286 @@
+"""What VeRA adapters cost in vLLM: `python -m benchmarks.bench_vllm [--only float32 bfloat16 lora registered] [--out FILE]`.
+
+A Llama of 59 M parameters with random weights, one engine in this process; in every round the base alone and batches with 1, 8,
+32 and 256 distinct adapters in turn, so that what disturbs one disturbs the others. One thread, its processor time. Needs
+vLLM: `make test-vllm` builds .venv-vllm, and this runs in it, eight minutes. Renders the table of docs/serving-vllm.md.
+"""
+
+import argparse
+import gc
+import json
+import os
+import re
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "2",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "OMP_NUM_THREADS": "1",
+}
+OUT = Path(__file__).resolve().parent.parent / "results" / "serving" / "vllm.json"
+PAGE = OUT.parents[2] / "docs" / "serving-vllm.md"
+PART = re.compile(r"(<!-- vllm -->\n).*?(<!-- /vllm -->)", re.DOTALL)
+RANK = 256
+SHAPE = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8, "vocab_size": 32000}
+PROMPT = 32
+
+
+def build(folder: Path, adapters: int) -> Any:
+    """The base model and a store with `adapters` adapters of rank 256 on every linear; the store."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from veralib import Adapter, VeraConfig, attach
+    from veralib.store import open_store
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE, num_key_value_heads=8, max_position_embeddings=512))
+    model.save_pretrained(folder / "base")
+    one = attach(model, VeraConfig(rank=RANK, targets="all-linear")).adapter("default")
+    store = open_store(folder / "store", "packed")
+
+    def made() -> Iterator[tuple[str, Adapter]]:
+        for i in range(adapters):
+            vectors = {u: (0.1 + 0.01 * torch.randn(len(d)), 0.1 * torch.randn(len(b))) for u, (d, b) in one.vectors.items()}
+            yield f"a{i}", Adapter(one.config, one.basis, one.base, vectors)
+
+    store.put_many(made())
+    return store
+
+
+def lora_adapters(folder: Path, rank: int, count: int) -> list[str]:
+    """Folders of `count` LoRA adapters of one rank on every linear, as PEFT writes them."""
+    import torch
+    from safetensors.torch import save_file
+
+    h, i = SHAPE["hidden_size"], SHAPE["intermediate_size"]
+    shapes = {f"self_attn.{p}_proj": (h, h) for p in "qkvo"} | {"mlp.gate_proj": (i, h), "mlp.up_proj": (i, h)}
+    shapes["mlp.down_proj"] = (h, i)
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "bias": "none", "base_model_name_or_path": "base"}
+    config["target_modules"] = sorted({name.split(".")[1] for name in shapes})
+    paths = []
+    for k in range(count):
+        path = folder / f"lora{rank}-{k}"
+        path.mkdir()
+        tensors = {}
+        for layer in range(SHAPE["num_hidden_layers"]):
+            for name, (m, n) in shapes.items():
+                key = f"base_model.model.model.layers.{layer}.{name}"
+                tensors[f"{key}.lora_A.weight"] = 0.02 * torch.randn(rank, n)
+                tensors[f"{key}.lora_B.weight"] = 0.02 * torch.randn(m, rank)
+        save_file(tensors, path / "adapter_model.safetensors")
+        (path / "adapter_config.json").write_text(json.dumps(config))
+        paths.append(str(path))
+    return paths
+
+
+class Engine:
+    """vLLM in this process."""
+
+    def __init__(self, folder: Path, dtype: str, slots: int, **options: Any) -> None:
+        from vllm import LLM
+
+        self.llm = LLM(
+            str(folder / "base"), dtype=dtype, max_model_len=128, enforce_eager=True, skip_tokenizer_init=True,
+            enable_lora=True, max_loras=slots, max_num_seqs=320, max_num_batched_tokens=8192,
+            enable_prefix_caching=False, **options,
+        )  # fmt: skip
+
+    def run(self, adapters: Sequence[Any], requests: int, tokens: int, prompt: int = PROMPT) -> tuple[float, float]:
+        """Seconds for `requests` requests of `prompt` + `tokens` tokens, adapters in turn; median seconds of a decode step."""
+        from vllm import SamplingParams
+
+        from . import measure
+
+        engine = self.llm.llm_engine
+        sampling = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True, detokenize=False)
+        for i in range(requests):
+            ids = {"prompt_token_ids": [3 + (7 * i + 11 * j) % 31000 for j in range(prompt)]}
+            engine.add_request(str(i), ids, sampling, lora_request=adapters[i % len(adapters)] if adapters else None)
+        steps = []
+        while engine.has_unfinished_requests():
+            start = measure.clock()
+            engine.step()
+            steps.append(measure.clock() - start)
+        return sum(steps), statistics.median(steps[-(tokens - 2) :])
+
+    def close(self) -> None:
+        """Lets go of the model and its cache."""
+        self.llm.llm_engine.engine_core.shutdown()
+        del self.llm
+        gc.collect()
+
+
+def compare(
+    engine: Engine, cases: dict[str, Sequence[Any]], requests: int, prompt: int, tokens: int, rounds: int
+) -> dict[str, Any]:
+    """{case: {total, step: time ÷ base's of the same round}} and the base's own seconds; "base" is among the cases."""
+    for adapters in cases.values():
+        engine.run(adapters, requests, 2, prompt)
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in cases}
+    names = list(cases)
+    for k in range(rounds):
+        for name in names[k % len(names) :] + names[: k % len(names)]:
+            times[name].append(engine.run(cases[name], requests, tokens, prompt))
+    out: dict[str, Any] = {"requests": requests, "prompt": prompt, "tokens": tokens, "rounds": rounds, "cases": {}}
+    for name in names:
+        total = [t / b for (t, _), (b, _) in zip(times[name], times["base"], strict=True)]
+        step = [s / b for (_, s), (_, b) in zip(times[name], times["base"], strict=True)]
+        out["cases"][name] = {
+            "time_over_base": round(statistics.median(total), 3),
+            "decode_step_over_base": round(statistics.median(step), 3),
+            "seconds": round(statistics.median(t for t, _ in times[name]), 3),
+            "decode_step_ms": round(1000 * statistics.median(s for _, s in times[name]), 2),
+        }
+        print(f"  {name:>6}: {out['cases'][name]}", flush=True)
+    return out
+
+
+def vera(folder: Path, store: Any, dtype: str) -> list[dict[str, Any]]:
+    """0, 1, 8, 32 distinct adapters in 64 requests; 1 and 256 in 256."""
+    from veralib.serving.vllm import lora_request
+
+    engine = Engine(
+        folder, dtype, 256, max_cpu_loras=256, additional_config={"vera": {"store": str(folder / "store"), "max_rank": RANK}}
+    )
+    every = [lora_request(store, f"a{i}") for i in range(256)]
+    cases = {"base": (), **{str(n): every[:n] for n in (1, 8, 32)}}
+    if dtype == "bfloat16":  # slow where the processor has no arithmetic for it
+        out = [compare(engine, cases, 32, 16, 8, 2)]
+    else:
+        out = [compare(engine, cases, 64, PROMPT, 32, 3)]
+        out.append(compare(engine, {"base": (), "1": every[:1], "256": every}, 256, 8, 8, 2))
+        out.append(compare(engine, {"base": (), "32": every[:32]}, 64, 8, 8, 2))  # beside LoRA's
+    engine.close()
+    return out
+
+
+def lora(folder: Path, rank: int) -> dict[str, Any]:
+    """vLLM's own LoRA, in an engine of its own, whose base alone is slower the larger its slots are: see the absolute times."""
+    from vllm.lora.request import LoRARequest
+
+    engine = Engine(folder, "float32", 32, max_cpu_loras=32, max_lora_rank=rank)
+    every = [LoRARequest(f"l{i}", i + 1, path) for i, path in enumerate(lora_adapters(folder, rank, 32))]
+    out = compare(engine, {"base": (), "1": every[:1], "32": every}, 64, 8, 8, 1)
+    engine.close()
+    return out
+
+
+def registered(folder: Path, store: Any) -> list[dict[str, Any]]:
+    """The decode step of 256 sequences with 256 adapters, while more and more are in memory."""
+    import torch
+    from vllm.lora.request import LoRARequest
+
+    from veralib.basis import Basis
+    from veralib.serving.vllm import lora_request
+    from veralib.serving.vllm.wire import Unit, Vectors, pack
+
+    engine = Engine(
+        folder,
+        "float32",
+        256,
+        max_cpu_loras=100_000,
+        additional_config={"vera": {"store": str(folder / "store"), "max_rank": RANK}},
+    )
+    used = [lora_request(store, f"a{i}") for i in range(256)]
+    unit = Unit("model.layers.0.self_attn.q_proj", 512, 512, torch.ones(16), torch.ones(512))
+    path = pack(Vectors(Basis("philox-u8", 0), (unit,)))
+    engine.run(used, 256, 2, 8)
+    out, have = [], 256
+    for count in (256, 10_000, 100_000):
+        start = time.perf_counter()
+        for i in range(have, count):
+            engine.llm.llm_engine.add_lora(LoRARequest(f"more{i}", 10**9 + i, path))
+        seconds, added, have = time.perf_counter() - start, count - have, count
+        steps = [engine.run(used, 256, 6, 8)[1] for _ in range(2)]
+        out.append(
+            {
+                "registered": count,
+                "decode_step_ms": round(1000 * min(steps), 2),
+                "load_ms": round(1000 * seconds / added, 3) if added else None,
+            }
+        )
+        print(f"  {out[-1]}", flush=True)
+    engine.close()
+    return out
+
+
+def table(result: dict[str, Any]) -> str:
+    """Markdown: the rows of a result file."""
+
+    def row(name: str, what: str, run: dict[str, Any], plain: dict[str, Any] | None = None) -> str:
+        """plain: another engine's base to divide by; the run's own where there is none."""
+        cells = []
+        for case in ("1", "8", "32", "256"):
+            if (found := run["cases"].get(case)) is None:
+                cells.append("")
+            elif plain is None:
+                cells.append(f"{found['time_over_base']:.2f} ({found['decode_step_over_base']:.2f})")
+            else:
+                total, step = found["seconds"] / plain["seconds"], found["decode_step_ms"] / plain["decode_step_ms"]
+                cells.append(f"{total:.2f} ({step:.2f})")
+        work = f"{run['requests']} × {run['prompt']} + {run['tokens']} tokens"
+        return f"| {name} | {what} | {work} | {' | '.join(cells)} |"
+
+    lines = ["| | dtype | requests | 1 adapter | 8 | 32 | 256 |", "|---|---|---|---|---|---|---|"]
+    for dtype in ("bfloat16", "float32"):
+        lines += [row(f"VeRA r={result['rank']}", dtype, run) for run in result.get(dtype, ())]
+    if "float32" in result:
+        plain = result["float32"][-1]["cases"]["base"]  # LoRA's own engine is slower without adapters too
+        lines += [row(f"LoRA r={rank}", "float32", run, plain) for rank, run in result.get("lora", {}).items()]
+    if "registered" in result:
+        steps = ", ".join(f"{r['registered']:,}: {r['decode_step_ms']:.0f} ms" for r in result["registered"])
+        lines += ["", f"A decode step of 256 sequences with 256 adapters, by the number of adapters in memory: {steps}."]
+    return "\n".join(lines)
+
+
+def render(result: dict[str, Any]) -> None:
+    """Puts the table into the page."""
+    text = PAGE.read_text()
+    PAGE.write_text(PART.sub(lambda m: f"{m[1]}{table(result)}\n{m[2]}", text))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=["float32", "bfloat16", "lora", "registered"])
+    parser.add_argument("--out", type=Path, default=OUT)
+    options = parser.parse_args()
+    os.environ.update(ENVIRONMENT)
+    import torch
+
+    from . import measure
+
+    torch.set_num_threads(1)
+    parts = options.only or ["float32", "bfloat16", "lora", "registered"]
+    result: dict[str, Any] = (
+        json.loads(options.out.read_text()) if options.out.exists() else {"run": "vllm", "shape": SHAPE, "rank": RANK}
+    )
+    with tempfile.TemporaryDirectory() as name, measure.alone():
+        folder = Path(name)
+        store = build(folder, 256)
+        for part in parts:
+            print(part, flush=True)
+            if part == "lora":
+                result[part] = {str(rank): lora(folder, rank) for rank in (1, 8, 16)}
+            elif part == "registered":
+                result[part] = registered(folder, store)
+            else:
+                result[part] = vera(folder, store, part)
+        result["environment"] = measure.environment()
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    if options.out == OUT:
+        render(result)
+
+
+if __name__ == "__main__":
+    main()

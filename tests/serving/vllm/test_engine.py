@@ -1,0 +1,164 @@
+"""vLLM with the plugin in this process: exact tokens, versions, eviction, refusals."""
+
+import pytest
+import torch
+
+pytest.importorskip("vllm", reason="needs vLLM: make test-vllm builds an environment with it and runs this there")
+
+from vllm.lora.request import LoRARequest
+
+from veralib.errors import AdapterMismatch, UnknownName
+from veralib.serving.vllm import lora_request, sums
+from veralib.serving.vllm.manager import Manager
+
+from .world import PROMPTS, TOKENS, World, adapter, close, greedy, llama, manager, qwen
+
+ADAPTERS = {
+    "ann": dict(draw=1),
+    "bob": dict(draw=2, rank=8, targets=("q_proj", "v_proj")),
+    "cal": dict(draw=3, rank=32),
+    "dot": dict(draw=4, targets=("k_proj", "down_proj"), rank=4),
+}
+
+
+def world_of(folder, build=llama, **more):
+    world = World(folder, build)
+    for name, config in (ADAPTERS | more).items():
+        world.put(name, **config)
+    return world
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return world_of(tmp_path_factory.mktemp("vllm"))
+
+
+@pytest.fixture(scope="module")
+def llm(world):
+    """For the tests that come first: closing any engine ends what vLLM shares between those of one process."""
+    return world.engine(enable_prefix_caching=True)
+
+
+def test_greedy_tokens_equal_the_merged_models_in_mixed_batches(world, llm):
+    assert world.check(llm, [None, *ADAPTERS]) == 20
+    assert world.check(llm, ["bob"]) == 4
+    assert world.check(llm, [None]) == 4
+
+
+def test_a_batch_without_adapters_does_no_adapter_work(world, llm, monkeypatch):
+    calls = []
+    monkeypatch.setattr(sums.Site, "_add_eager", lambda *a: calls.append(a))
+    assert world.ask(llm, [(None, p) for p in PROMPTS]) == world.merged(None)
+    assert not calls
+    world.ask(llm, [("bob", PROMPTS[0])], tokens=1)
+    assert len(calls) == 2  # q and v are one linear of vLLM's, in two layers; the others aren't adapted
+
+
+def test_a_new_version_answers_the_next_request_and_shares_no_cache(world, llm):
+    world.put("eve", 20)
+    first = world.ask(llm, [("eve", PROMPTS[0] * 8)])  # long enough to fill blocks of the prefix cache
+    assert first == world.merged("eve", [PROMPTS[0] * 8])
+    old = lora_request(world.store, "eve")
+    world.put("eve", 21)
+    second = world.ask(llm, [("eve", PROMPTS[0] * 8)])
+    assert second == world.merged("eve", [PROMPTS[0] * 8]) != first
+    assert lora_request(world.store, "eve").lora_path != old.lora_path
+    world.store.delete("eve")
+    with pytest.raises(UnknownName):
+        lora_request(world.store, "eve")
+
+
+def test_what_cannot_be_served_is_refused_in_words_and_nobody_else_notices(world, llm):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    def wide():
+        return LlamaForCausalLM(
+            LlamaConfig(hidden_size=256, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, vocab_size=128)
+        )
+
+    world.put("large", 5, rank=64)
+    world.put("unique", 6, sharing="unique", targets=("q_proj",))
+    world.put("headed", 7, train_modules=("lm_head",))
+    world.put("seeded", 8, seed=9)
+    world.store.put("wide", adapter(wide, 9, targets=("q_proj",)))
+    world.store.put("deep", adapter(wide, 9, targets=("q_proj",), layers=(2,)))
+    cases = {
+        "large": "has rank 64, and this server takes up to 32",
+        "unique": 'sharing="unique"',
+        "headed": "fully trained modules",
+        "seeded": "max_bases",
+        "wide": "has 256 outputs and 256 inputs at .*; this server's model has 128 and 128",
+        "deep": 'adapts "model.layers.2.self_attn.q_proj", where this server\'s model has no linear',
+    }
+    before = set(manager(llm).loaded)
+    for name, words in cases.items():
+        with pytest.raises(AdapterMismatch, match=words):
+            world.ask(llm, [(name, PROMPTS[0])])
+    with pytest.raises(AdapterMismatch, match=r"no longer the current one|no adapter"):
+        stale = LoRARequest("ann@1-000000000000", 77, "vera-store:ann@1-000000000000")
+        llm.generate([{"prompt_token_ids": [1]}], greedy(), lora_request=[stale], use_tqdm=False)
+    with pytest.raises(AdapterMismatch, match="takes VeRA adapters from its store"):
+        llm.generate([{"prompt_token_ids": [1]}], greedy(), lora_request=[LoRARequest("x", 78, "/etc")], use_tqdm=False)
+    assert set(manager(llm).loaded) == before
+    assert world.check(llm, [None, "ann"]) == 8
+
+
+def test_base_rows_equal_an_engine_without_the_plugin_bit_for_bit(world):
+    sampling = greedy(4, logprobs=5)
+    prompts = [{"prompt_token_ids": p} for p in PROMPTS]
+
+    def numbers(engine, requests):
+        out = engine.generate(prompts + prompts[: len(requests)], sampling, lora_request=[None] * 4 + requests, use_tqdm=False)
+        return [[{k: v.logprob for k, v in step.items()} for step in o.outputs[0].logprobs] for o in out[:4]]
+
+    plain = world.engine(plain=True, enable_prefix_caching=False)
+    assert type(manager(plain)).__module__ == "vllm.lora.worker_manager"
+    want = numbers(plain, [None, None])
+    close(plain)
+    fresh = world.engine(enable_prefix_caching=False)
+    assert isinstance(manager(fresh), Manager)
+    assert numbers(fresh, [None, None]) == want
+    assert numbers(fresh, [lora_request(world.store, n) for n in ("ann", "bob")]) == want
+    close(fresh)
+
+
+def test_more_adapters_than_slots_and_memory(world):
+    llm = world.engine(slots=2, memory=2)
+    names = [None, *ADAPTERS]
+    assert world.check(llm, names) == 20
+    for name in names:
+        assert world.ask(llm, [(name, PROMPTS[1])]) == [world.merged(name)[1]]
+    assert len(manager(llm).loaded) <= 2 and manager(llm).bases.users == [len(manager(llm).loaded)]
+    close(llm)
+
+
+def test_no_step_reads_the_store_and_what_a_request_waits_for_stays(world, monkeypatch):
+    llm = world.engine(slots=1, memory=1)
+    world.put("gone", 30)
+    want = {n: world.merged(n)[0] for n in ("gone", *ADAPTERS)}
+    engine = llm.llm_engine
+    for i, name in enumerate(want):
+        engine.add_request(f"{i}", {"prompt_token_ids": PROMPTS[0]}, greedy(), lora_request=lora_request(world.store, name))
+    world.store.delete("gone")
+    monkeypatch.setattr(Manager, "_read", lambda *a: pytest.fail("a step read an adapter"))
+    monkeypatch.setattr(Manager, "list_adapters", lambda *a: pytest.fail("a step copied the names of all adapters"))
+    got = {}
+    while engine.has_unfinished_requests():
+        for out in engine.step():
+            if out.finished:
+                got[out.request_id.partition("-")[0]] = list(out.outputs[0].token_ids)
+    assert [got[str(i)] for i in range(len(want))] == list(want.values())
+    close(llm)
+
+
+def test_biases_and_several_bases_of_both_kinds_in_one_batch(tmp_path):
+    more = {"fay": dict(draw=5, seed=3), "gus": dict(draw=6, basis="peft", rank=16), "hal": dict(draw=7, levels="rademacher")}
+    world = world_of(tmp_path, qwen, **more)
+    llm = world.engine(slots=8, settings={"max_bases": 4})
+    assert world.check(llm, [None, "ann", "fay", "gus", "hal"]) == 20
+    assert world.check(llm, ["gus"]) == 4
+    held = manager(llm).bases
+    assert held.users == [1, 1, 1, 1] and [b.kind for b in held.held] == ["philox-u8", "philox-u8", "peft", "philox-u8"]
+    assert len(world.ask(llm, [("cal", PROMPTS[0])])[0]) == TOKENS
+    close(llm)
+    assert torch.isfinite(held.A(0, 128)).all()
