@@ -1,5 +1,6 @@
 """The embedded engine over HTTP: the openai client, streams, errors, cancelling, SIGTERM, death."""
 
+import contextlib
 import json
 import os
 import re
@@ -244,6 +245,37 @@ def test_a_client_that_leaves_stops_the_computing(place, stream):
     before = engine.generated
     time.sleep(0.2)
     assert engine.load == 0 and engine.generated == before and all(e.pins == 0 for e in engine.residents.entries.values())
+
+
+def test_no_made_up_request_ends_in_a_5xx(place):
+    """schemathesis: random values of the described types, and of other types."""
+    schemathesis = pytest.importorskip("schemathesis")
+    from hypothesis import HealthCheck, Phase, given, settings
+    from hypothesis.errors import Unsatisfiable
+
+    schema, sent, bad = schemathesis.openapi.from_url(place[1] + "/openapi.json"), 0, []
+    quick = settings(
+        max_examples=15,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    for operation in schema.get_all_operations():
+        for mode in schemathesis.GenerationMode:
+
+            @quick
+            def ask(case):
+                nonlocal sent
+                sent += 1
+                answer = case.call(timeout=20)
+                if answer.status_code >= 500:
+                    bad.append((case.path, answer.status_code, answer.text[:200]))
+
+            with contextlib.suppress(Unsatisfiable):  # a route without parameters can't be asked wrongly
+                given(operation.ok().as_strategy(generation_mode=mode))(ask)()
+    assert not bad and sent > 80
 
 
 def test_too_many_requests_are_told_to_come_back(place, monkeypatch):

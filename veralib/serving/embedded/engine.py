@@ -90,7 +90,7 @@ class EmbeddedEngine:
         self._running: dict[str, Running] = {}
         self._ids = itertools.count()
         self._lock = threading.Lock()
-        self.readers = ThreadPoolExecutor(8, thread_name_prefix="veralib-store")
+        self.readers = ThreadPoolExecutor(32, thread_name_prefix="veralib-store")
         self.on_death: Callable[[], None] | None = None
         self._closing = False
         self.generated = 0
