@@ -38,6 +38,16 @@ def test_quick_bench_writes_every_result_and_the_page(tmp_path, own_lock):
         assert name in page
 
 
+@pytest.mark.slow
+def test_quick_run_of_the_embedded_engine(tmp_path, own_lock):
+    pytest.importorskip("peft")
+    from benchmarks import bench_embedded
+
+    assert bench_embedded.main(["--quick", "--only", "books-4m", "--out", str(tmp_path / "embedded.json")]) == 0
+    rows = json.loads((tmp_path / "embedded.json").read_text())["models"]["books-4m"]["rows"]
+    assert len(rows) == 7 and rows["base"]["ratio"]["median"] == 1
+
+
 def test_unknown_benchmark_is_refused_with_the_known_ones(capsys, own_lock):
     assert bench.main(["--only", "llama-9x9"]) == 2
     assert "llama-16x256" in capsys.readouterr().out

@@ -116,6 +116,24 @@ def test_other_models_equal_their_merged_selves(tmp_path, build):
     assert [a.tokens for a in answers] == [expected[k] for k in keys]
 
 
+def test_a_sliding_window_equals_the_merged_model(tmp_path):
+    """Mistral's, shorter than the prompts; the longest prompt takes several steps."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    def build():
+        torch.manual_seed(0)
+        return MistralForCausalLM(MistralConfig(**tiny_llama().config.to_dict() | {"sliding_window": 6})).eval()
+
+    store = open_store(tmp_path)
+    adapters = fill(build(), store, {"m": VeraConfig(rank=4, targets="all-linear")})
+    expected = merged_tokens(build(), adapters, PROMPTS)
+    keys = [(n, tuple(p)) for p in PROMPTS for n in (None, "m")]
+    with EmbeddedEngine(build(), store, tokenizer=Letters(), max_batch_tokens=24) as engine:
+        assert engine.model.config._attn_implementation == "veralib_paged"
+        answers = engine.generate([k[1] for k in keys], [k[0] for k in keys], GREEDY)
+    assert [a.tokens for a in answers] == [expected[k] for k in keys]
+
+
 def test_one_adapter_alone_equals_itself_in_a_crowd(engine, adapters):
     alone = engine.generate([PROMPTS[1]], "a", GREEDY)[0]
     crowd = engine.generate([PROMPTS[1]] * 3, ["a", None, "c"], GREEDY)

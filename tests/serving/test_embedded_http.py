@@ -1,5 +1,6 @@
 """The embedded engine over HTTP: the openai client, streams, errors, cancelling, SIGTERM, death."""
 
+import contextlib
 import json
 import os
 import re
@@ -246,6 +247,34 @@ def test_a_client_that_leaves_stops_the_computing(place, stream):
     assert engine.load == 0 and engine.generated == before and all(e.pins == 0 for e in engine.residents.entries.values())
 
 
+@pytest.mark.slow
+def test_no_made_up_request_ends_in_a_5xx(place):
+    """schemathesis: random values of the described types, and of other types."""
+    schemathesis = pytest.importorskip("schemathesis")
+    from hypothesis import HealthCheck, Phase, given, settings
+    from hypothesis.errors import Unsatisfiable
+
+    schema, sent, bad = schemathesis.openapi.from_url(place[1] + "/openapi.json"), 0, []
+    quick = settings(
+        max_examples=8, deadline=None, database=None, derandomize=True, phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    for operation in schema.get_all_operations():
+        for mode in schemathesis.GenerationMode:
+
+            @quick
+            def ask(case):
+                nonlocal sent
+                sent += 1
+                answer = case.call(timeout=20)
+                if answer.status_code >= 500:
+                    bad.append((case.path, answer.status_code, answer.text[:200]))
+
+            with contextlib.suppress(Unsatisfiable):  # a route without parameters can't be asked wrongly
+                given(operation.ok().as_strategy(generation_mode=mode))(ask)()
+    assert not bad and sent > 50
+
+
 def test_too_many_requests_are_told_to_come_back(place, monkeypatch):
     engine, url, _ = place
     monkeypatch.setattr(engine, "max_requests", 1)
@@ -275,6 +304,7 @@ def start_server(store, *more):
     raise AssertionError("it didn't start")
 
 
+@pytest.mark.slow
 def test_sigterm_lets_an_answer_end(tmp_path):
     process, url = start_server(tmp_path / "store", "--served-model-name", "base")
     try:
@@ -292,6 +322,7 @@ def test_sigterm_lets_an_answer_end(tmp_path):
         process.wait()
 
 
+@pytest.mark.slow
 def test_the_process_ends_when_the_loop_dies(tmp_path):
     script = tmp_path / "broken.py"
     script.write_text(

@@ -21,7 +21,7 @@ from .protocol import AdapterBody, ChatBody, CompletionBody, Generation, Message
 from .request import Piece
 from .sampling import Sampling
 from .streams import Streams
-from .web import ClientGone, Counted, add_error_handlers, api_error, until_gone
+from .web import ClientGone, Counted, add_error_handlers, api_error, aside, until_gone
 
 
 def make_app(engine: EmbeddedEngine | EncoderEngine) -> FastAPI:
@@ -67,9 +67,11 @@ def _add_common_routes(app: FastAPI, engine: EmbeddedEngine | EncoderEngine, met
         if (body.prompt is None) == (body.messages is None):
             raise BadRequest("expected either a prompt or messages.", "prompt")
         if body.messages is not None:
-            tokens = chat_tokens(engine.tokenizer, body.messages)
+            messages = body.messages
+            tokens = await aside(size_of(messages), lambda: chat_tokens(engine.tokenizer, messages))
         else:
-            tokens = engine.encode(body.prompt or "", body.add_special_tokens is not False)
+            text, special = body.prompt or "", body.add_special_tokens is not False
+            tokens = await aside(len(text), lambda: engine.encode(text, special))
         return {"count": len(tokens), "max_model_len": engine.max_model_len, "tokens": tokens, "token_strs": None}
 
     @app.post("/v1/load_lora_adapter")
@@ -94,6 +96,11 @@ def _add_common_routes(app: FastAPI, engine: EmbeddedEngine | EncoderEngine, met
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
 
+def size_of(messages: list[Message]) -> int:
+    """Characters of a chat."""
+    return sum(len(m.plain()["content"]) for m in messages)
+
+
 def chat_tokens(tokenizer: Any, messages: list[Message]) -> list[int]:
     """The prompt of a chat. BadRequest where the model has no chat template or it refuses the messages."""
     if not getattr(tokenizer, "chat_template", None):
@@ -114,7 +121,9 @@ def _add_text_routes(app: FastAPI, engine: EmbeddedEngine, metrics: Metrics) -> 
         """OpenAI's completions."""
         n = body.choices()
         special = body.add_special_tokens is not False
-        prompts = [p if isinstance(p, list) else engine.encode(p, special) for p in body.prompts()]
+        given = body.prompts()
+        encode = lambda: [p if isinstance(p, list) else engine.encode(p, special) for p in given]  # noqa: E731
+        prompts = await aside(sum(map(len, given)), encode)
         if len(prompts) * n > engine.max_requests:
             raise BadRequest(
                 f"{len(prompts)} prompts with n={n} are more than this engine takes: {engine.max_requests}.", "prompt"
@@ -128,7 +137,7 @@ def _add_text_routes(app: FastAPI, engine: EmbeddedEngine, metrics: Metrics) -> 
     async def chat(body: ChatBody, request: Request) -> Response:
         """OpenAI's chat completions."""
         n, logprobs = body.choices(), body.wanted_logprobs()
-        prompt = chat_tokens(engine.tokenizer, body.messages)
+        prompt = await aside(size_of(body.messages), lambda: chat_tokens(engine.tokenizer, body.messages))
         limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         asked = [(prompt, body.sampling(c, limit, logprobs)) for c in range(n)]
         shape = Shape(True, body.model, engine.tokenizer, logprobs is not None)

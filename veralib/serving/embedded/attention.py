@@ -22,6 +22,7 @@ def attend(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     cache: Any = None,
+    sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention of every sequence in a batch. query: (1, H, T, D); key, value: (1, H', T, D) -> (1, T, H, D).
@@ -41,15 +42,18 @@ def attend(
     grouped = query.shape[1] != key.shape[1]
     for q0, q1, k0, k1 in zip(queries, queries[1:], keys, keys[1:], strict=False):
         mask, tokens, length = None, q1 - q0, k1 - k0
-        if 1 < tokens < length:  # a part of a long prompt: token i sees the keys up to its own
+        far = sliding_window is not None and length > sliding_window
+        if far or 1 < tokens < length:  # a part of a long prompt: token i sees the keys up to its own, as far as the window goes
             mask = torch.ones(tokens, length, dtype=torch.bool, device=query.device).tril_(length - tokens)
+            if far:
+                mask.triu_(length - tokens - sliding_window + 1)  # type: ignore[operator]
         part = F.scaled_dot_product_attention(
             query[:, :, q0:q1],
             key[:, :, k0:k1],
             value[:, :, k0:k1],
             attn_mask=mask,
             scale=scaling,
-            is_causal=1 < tokens == length,
+            is_causal=mask is None and 1 < tokens == length,
             enable_gqa=grouped,
         )
         out[:, q0:q1] = part.transpose(1, 2)
@@ -57,7 +61,10 @@ def attend(
 
 
 def usable(model: Any) -> bool:
-    """Whether this model's attention can be replaced: plain causal sdpa in every layer, on the CPU, and a cache that we know."""
+    """Whether this model's attention can be replaced: causal sdpa, on the CPU, and a cache that we know.
+
+    A model that knows flash attention says in its call how far a layer's window goes, since that has no mask to say it.
+    """
     from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
     config = model.config.get_text_config()
@@ -68,9 +75,9 @@ def usable(model: Any) -> bool:
     return (
         known
         and model.device.type == "cpu"
-        and model.config._attn_implementation == "sdpa"
-        and kinds == {"full_attention"}
-        and not getattr(config, "sliding_window", None)
+        and model.config._attn_implementation in ("sdpa", "paged|sdpa")  # the loop of transformers 5.17 makes it the second
+        and kinds <= {"full_attention", "sliding_attention"}
+        and model._supports_flash_attn
         and not getattr(config, "attn_logit_softcapping", None)
     )
 

@@ -86,7 +86,7 @@ class EncoderEngine:
         self.residents = Residents(
             self.vera, store, Limits(slots, max_rank, max_bases, heads=self.classifies), self.between_steps
         )
-        self.readers = ThreadPoolExecutor(8, thread_name_prefix="veralib-store")
+        self.readers = ThreadPoolExecutor(32, thread_name_prefix="veralib-store")
         self._thread = threading.Thread(target=self._run, name="veralib-encoder", daemon=True)
         self._thread.start()
 

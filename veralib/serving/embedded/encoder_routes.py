@@ -12,13 +12,15 @@ from .encoder import Encoded, EncoderEngine
 from .errors import BadRequest
 from .metrics import Metrics
 from .protocol import ClassifyBody, EmbeddingBody, several
+from .web import aside
 
 
 def add_encoder_routes(app: FastAPI, engine: EncoderEngine, metrics: Metrics) -> None:
     """Adds them to the application."""
 
     async def encode(given: Any, model: str) -> tuple[list[Encoded], dict[str, int]]:
-        texts = [t if isinstance(t, list) else engine.encode(t) for t in several(given, "input")]
+        inputs = several(given, "input")
+        texts = await aside(sum(map(len, inputs)), lambda: [t if isinstance(t, list) else engine.encode(t) for t in inputs])
         if len(texts) > engine.max_requests:
             raise BadRequest(f"{len(texts)} texts are more than this engine takes: {engine.max_requests}.", "input")
         here = asyncio.get_running_loop()

@@ -69,6 +69,7 @@ class EmbeddedEngine:
         self.vera = attach(self.model)
         own = self.model.generation_config.eos_token_id
         self.eos = frozenset([own] if isinstance(own, int) else own or [])
+        self._attention = self.model.config._attn_implementation
         from transformers import GenerationConfig
 
         config = batching.config_for(tokens, PAGE, max_batch_tokens or (4096 if cuda else 512), batch_requests, cuda)
@@ -81,7 +82,6 @@ class EmbeddedEngine:
             sample=sampler(self._choosers),
             ended=self._ended,
         )
-        self._attention = self.model.config._attn_implementation
         if attention.usable(self.model):
             attention.use(self.model)
         limits = Limits(slots, max_rank, max_bases, layers)
@@ -90,7 +90,7 @@ class EmbeddedEngine:
         self._running: dict[str, Running] = {}
         self._ids = itertools.count()
         self._lock = threading.Lock()
-        self.readers = ThreadPoolExecutor(8, thread_name_prefix="veralib-store")
+        self.readers = ThreadPoolExecutor(32, thread_name_prefix="veralib-store")
         self.on_death: Callable[[], None] | None = None
         self._closing = False
         self.generated = 0

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
@@ -18,6 +18,7 @@ from .metrics import Metrics
 
 T = TypeVar("T")
 LONGEST_BODY = 32 * 2**20
+LONG_TEXT = 10_000
 
 
 def api_error(e: Exception) -> ApiError:
@@ -62,7 +63,7 @@ def add_error_handlers(app: FastAPI) -> None:
 
     app.exception_handler(RequestValidationError)(invalid)
     app.exception_handler(HTTPException)(status)
-    for kind in (ApiError, VeraError):
+    for kind in (ApiError, VeraError, Exception):
         app.exception_handler(kind)(lambda request, e: _answer(api_error(e)))
 
 
@@ -101,6 +102,11 @@ class Counted:
 
 class ClientGone(Exception):
     """The client closed the connection before its answer."""
+
+
+async def aside(size: int, work: Callable[[], T]) -> T:
+    """What work() gives; in a thread where the client's text is long, so that other clients' answers go on."""
+    return work() if size < LONG_TEXT else await asyncio.get_running_loop().run_in_executor(None, work)
 
 
 async def until_gone(request: Request, work: Awaitable[T]) -> T:
