@@ -368,6 +368,40 @@ def test_nothing_of_a_deleted_owner_is_left_anywhere(place, adapter):
     assert delete_owner(place.learning, "acme:secret-ann") == dict.fromkeys(removed, 0)
 
 
+@pytest.mark.parametrize("killed_at", ["delete", "forget"])
+def test_a_deletion_that_was_killed_is_carried_to_its_end_by_the_next(settling, monkeypatch, killed_at):
+    place = settling.place
+    settling.job(), settling.job()
+    uploads, jobs = place.learning.uploads, place.learning.jobs
+    owner, calls = {"delete": uploads, "forget": jobs}[killed_at], []
+    inner = getattr(owner, killed_at)
+
+    def kill(what):
+        if calls:
+            raise KeyboardInterrupt
+        calls.append(inner(what))
+
+    with monkeypatch.context() as m:
+        m.setattr(owner, killed_at, kill)
+        with pytest.raises(KeyboardInterrupt):
+            delete_owner(place.learning, "acme:ann")
+    delete_owner(place.learning, "acme:ann")
+    assert not [
+        p for part in ("files", "jobs", "waiting", "owners") for p in place.folder.glob(f"state/{part}/**/*") if p.is_file()
+    ]
+
+
+def test_a_deletion_leaves_the_file_of_another_tenant(tmp_path):
+    """An admin may train acme's adapter on evil's file; that acme deletes the adapter is nothing to evil."""
+    place = Workplace(tmp_path)
+    theirs, admins = place.upload(chats(4), "evil"), place.upload(chats(4), "admin")
+    for file in (theirs, admins):
+        place.openai("admin").fine_tuning.jobs.create(model=BASE, training_file=file, suffix="acme:ann")
+    assert delete_owner(place.learning, "acme:ann")["files"] == 1
+    assert [f.id for f in place.openai("evil").files.list()] == [theirs]
+    assert [f.id for f in place.openai("admin").files.list()] == [theirs]
+
+
 def test_deletion_without_a_runner_takes_the_owner_out_of_a_run_that_waits(place):
     client = place.openai()
     for suffix in ("ann", "bob"):

@@ -138,7 +138,12 @@ def list_jobs(
     limit: Annotated[int, Query(ge=1, le=1000)] = 20,
 ) -> Response:
     """One's own jobs, the newest first."""
-    return json_response(page(here.jobs.of_tenant(tenant), lambda job: job.id, here.jobs.to_openai, after, limit))
+
+    def shown_job(where: tuple[str, str]) -> dict[str, Any] | None:
+        job = here.jobs.find(*where)
+        return None if job is None else here.jobs.to_openai(job)
+
+    return json_response(page(here.jobs.of_tenant(tenant), lambda where: where[1], shown_job, after, limit))
 
 
 @router.get("/v1/fine_tuning/jobs/{job_id}", responses=ERRORS)
