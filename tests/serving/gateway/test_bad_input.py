@@ -5,6 +5,8 @@ import socket
 
 import pytest
 
+from veralib.serving.gateway import errors
+
 JSON = {"Content-Type": "application/json"}
 CHAT = {"model": "acme:ann", "messages": [{"role": "user", "content": "x"}]}
 TEXT = {"model": "acme:ann", "prompt": "x"}
@@ -195,6 +197,41 @@ def test_messages_that_are_none(world, http, messages):
 def test_prompts_that_are_none(world, http, prompt):
     content = json.dumps({**TEXT, "prompt": prompt})
     check(http.post("/v1/completions", content=content, headers=JSON), 400, world)
+
+
+MANY = 40_000
+EXTRA = {f"x{i}": 1 for i in range(MANY)}
+FLOODS = {
+    "prompts": ("/v1/completions", {"prompt": [None] * MANY}),
+    "tokens": ("/v1/completions", {"prompt": [[None] * MANY]}),
+    "inputs": ("/v1/embeddings", {"input": [{}] * MANY}),
+    "messages": ("/v1/chat/completions", {"messages": [1] * MANY}),
+    "fields": ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], **EXTRA}),
+    "fields of a message": ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x", **EXTRA}]}),
+    "parts": ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{"type": "text"}] * MANY}]}),
+    "calls": ("/v1/chat/completions", {"messages": [{"role": "assistant", "tool_calls": [1] * MANY}]}),
+    "tools": ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "tools": [1] * MANY}),
+    "stream options": ("/v1/completions", {"prompt": "x", "stream_options": EXTRA}),
+    "metadata": ("/v1/completions", {"prompt": "x", "metadata": EXTRA}),
+    "stops": ("/v1/completions", {"prompt": "x", "stop": [1] * MANY}),
+    "stop tokens": ("/v1/completions", {"prompt": "x", "stop_token_ids": [None] * MANY}),
+    "biases": ("/v1/completions", {"prompt": "x", "logit_bias": EXTRA}),
+    "a job's fields": ("/v1/fine_tuning/jobs", {"training_file": "x", **EXTRA}),
+    "a job's metadata": ("/v1/fine_tuning/jobs", {"training_file": "x", "metadata": EXTRA}),
+    "a job's hyperparameters": ("/v1/fine_tuning/jobs", {"training_file": "x", "hyperparameters": EXTRA}),
+    "a version": ("/v1/models/acme:ann/rollback", EXTRA),
+}
+
+
+@pytest.mark.parametrize("what", FLOODS)
+def test_a_flood_of_faults_costs_no_more_than_one(http, what, monkeypatch):
+    """An error for each of 800,000 list entries, which fit into 4 MiB, held everybody's requests up for half a minute."""
+    path, body = FLOODS[what]
+    made, inner = [], errors.from_validation
+    monkeypatch.setattr(errors, "from_validation", lambda e: made.append(len(e.errors())) or inner(e))
+    answer = http.post(path, json={"model": "acme:ann", **body})
+    assert answer.status_code == 400 and len(answer.content) < 1500, answer.text[:500]
+    assert made and made[0] < 20
 
 
 def test_tools_nested_without_end(world, http):

@@ -21,7 +21,7 @@ def test_its_flags_and_defaults_are_the_programs():
         number, _, unit = written.partition(" ")
         value = 0 if number == "none" else int(number) * {"MiB": 2**20, "": 1}[unit]
         assert fields[name.replace("-", "_")].default == value, name
-    assert len(rows) == 14
+    assert len(rows) == 15
 
 
 def test_its_endpoints_and_metrics_exist(world):

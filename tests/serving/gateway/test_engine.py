@@ -1,5 +1,6 @@
 """The engine as a child process that dies, hangs or never starts; an engine elsewhere that goes; streams that break."""
 
+import asyncio
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx2
 import openai
@@ -14,6 +16,7 @@ import pytest
 
 from tests.serving.gateway.fake import Fake, fake_python, serving, wait_until
 from veralib.serving.gateway import engine
+from veralib.serving.gateway.client import COUNTS, EngineClient
 from veralib.serving.gateway.settings import GatewaySettings
 
 TEXT = {"model": "acme:ann", "prompt": "x"}
@@ -121,6 +124,59 @@ def test_the_engine_is_asked_with_its_own_key_never_with_the_clients(world, monk
     world.http(world.gateway()).post("/v1/completions", json=TEXT).raise_for_status()
     assert world.fake.headers[-1]["authorization"] == "Bearer engine-secret"
     assert world.keys["acme"] not in json.dumps(world.fake.headers) + json.dumps(world.fake.asked)
+
+
+def test_a_look_at_the_engine_does_not_wait_behind_requests(world):
+    """An engine that seems not to answer is ended; and /ready, which anybody may ask, costs one look at a time."""
+
+    async def check():
+        client = EngineClient(SimpleNamespace(url=world.engine_url, key=None, run=1), 20.0, 1)
+        async with client.stream("/v1/completions", {"model": "tiny-base", "prompt": "slow long", "stream": True}):
+            looks, look = [], client._look
+
+            async def counted():
+                looks.append(1)
+                return await look()
+
+            client._look = counted
+            answers = await asyncio.gather(*(client.healthy() for _ in range(50)))
+        about = [await client.about(fresh=True)]
+        cards, asked = client._cards, []
+
+        async def counted_cards():
+            asked.append(1)
+            return await cards()
+
+        client._cards, client._about = counted_cards, None
+        about += await asyncio.gather(*(client.about() for _ in range(50)))
+        about += await asyncio.gather(*(client.about(fresh=True) for _ in range(50)))
+        await client.close()
+        return answers, len(looks), {each.name for each in about}, len(asked)
+
+    assert asyncio.run(check()) == ([True] * 50, 1, {"tiny-base"}, 2)
+
+
+def test_counts_of_tokens_leave_connections_for_what_runs(world, monkeypatch):
+    most = []
+
+    async def check():
+        client = EngineClient(SimpleNamespace(url=world.engine_url, key=None, run=1), 20.0, 100)
+        running = 0
+
+        async def post(path, body):
+            nonlocal running
+            running += 1
+            most.append(running)
+            await asyncio.sleep(0.01)
+            running -= 1
+            return SimpleNamespace(status_code=404)
+
+        client.post = post
+        await asyncio.gather(*(client.count_tokens({}) for _ in range(100)))
+        await client.close()
+
+    asyncio.run(check())
+    assert len(most) == 100 and max(most) == COUNTS
 
 
 def test_a_stream_is_passed_on_as_it_comes(world):

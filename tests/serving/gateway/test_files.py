@@ -5,7 +5,8 @@ import json
 import pytest
 from openai import BadRequestError, NotFoundError
 
-from tests.serving.gateway.workplace import Workplace, chats
+from tests.serving.gateway.workplace import TENANTS, Workplace, chats
+from veralib.serving.gateway.errors import ApiError
 
 GOOD = b'{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]}'
 
@@ -118,6 +119,21 @@ def test_another_tenants_file_is_answered_like_one_that_never_was(place):
     for name in ("..%2f..%2fkeys%2fa", "file-%00", "file-" + "a" * 9000, "%ff", "file-" + "A" * 40):
         assert evil.get(f"/v1/files/{name}").status_code == 404, name
     assert place.openai().files.retrieve(file).id == file
+
+
+def test_a_file_is_sent_piece_by_piece(place):
+    """What is read of a big one before the client takes it is bounded, and a deletion meanwhile cuts nothing off."""
+    content = b"\n".join([GOOD] * 50)
+    file = place.upload(content)
+    answer = place.http().get(f"/v1/files/{file}/content")
+    assert answer.content == content and answer.headers["content-length"] == str(len(content))
+    uploads = place.learning.uploads
+    upload = uploads.get(TENANTS["acme"], file)
+    pieces = uploads.content(upload)
+    uploads.delete(upload)
+    assert not isinstance(pieces, bytes) and b"".join(pieces) == content
+    with pytest.raises(ApiError, match="There is no file"):
+        uploads.content(upload)
 
 
 def test_two_gateways_on_one_folder_agree(place, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,10 @@ import torch
 from openai import BadRequestError, NotFoundError, RateLimitError
 
 from tests.serving.gateway.workplace import BASE, Workplace, chats, make_adapter, make_model
+from veralib import StoreError
 from veralib.fleet.run import train_fleet
 from veralib.fleet.settings import FleetSettings
+from veralib.serving.gateway.paging import new_id
 
 
 @pytest.fixture(scope="module")
@@ -242,6 +245,68 @@ def test_too_many_waiting_jobs(quiet):
     quiet.openai("evil").fine_tuning.jobs.create(model=BASE, training_file=quiet.upload(chats(4), "evil"))
     client.fine_tuning.jobs.cancel(made[0].id)
     client.fine_tuning.jobs.create(model=BASE, training_file=file)
+
+
+def test_what_a_crash_left_among_the_waiting_does_not_count_for_ever(quiet, monkeypatch):
+    """Killed between the entry and the job, and between the job's end and the removal of the entry."""
+    client, jobs = quiet.openai(), quiet.learning.jobs
+    file = quiet.upload(chats(4))
+    ended = client.fine_tuning.jobs.create(model=BASE, training_file=file).id
+    client.fine_tuning.jobs.cancel(ended)
+    hour_ago = f"ftjob-{time.time_ns() - 3601 * 10**9:016x}" + "0" * 24
+    young = new_id("ftjob")
+    for id in (ended, hour_ago, young):
+        quiet.learning.records.write(f"waiting/{id}", {"tenant": "acme=3a"})
+    with pytest.raises(RateLimitError):
+        client.fine_tuning.jobs.create(model=BASE, training_file=file)
+    assert jobs.waiting() == [] and quiet.learning.records.names("waiting") == [young]
+    for _ in range(2):
+        client.fine_tuning.jobs.create(model=BASE, training_file=file)
+
+
+def test_jobs_that_come_at_once_are_all_counted(quiet):
+    http, file = quiet.http(), quiet.upload(chats(4))
+    ask = lambda _: http.post("/v1/fine_tuning/jobs", json={"model": BASE, "training_file": file}).status_code  # noqa: E731
+    with ThreadPoolExecutor(12) as threads:
+        codes = list(threads.map(ask, range(12)))
+    assert sorted(codes) == [200] * 3 + [429] * 9
+
+
+def test_a_page_of_jobs_reads_its_own_jobs_alone(tmp_path, monkeypatch):
+    place = Workplace(tmp_path)
+    client = place.openai()
+    file = place.upload(chats(4))
+    made = [client.fine_tuning.jobs.create(model=BASE, training_file=file).id for _ in range(6)]
+    (place.folder / "state/jobs/acme=3a" / new_id("ftjob")).mkdir()  # its maker was killed, or it is being made
+    read, asked = place.learning.records.read, []
+    monkeypatch.setattr(place.learning.records, "read", lambda path: asked.append(path) or read(path))
+    page = place.http().get("/v1/fine_tuning/jobs?limit=2").json()
+    assert [job["id"] for job in page["data"]] == made[:-3:-1] and page["has_more"]
+    assert not any(made[0] in path for path in asked) and sum("job.json" in path for path in asked) <= 4
+    assert [job.id for job in client.fine_tuning.jobs.list(limit=3)] == made[::-1]
+    assert not place.http().get("/v1/fine_tuning/jobs?limit=6").json()["has_more"]
+
+
+@pytest.mark.parametrize("call", ["get", "stamp"])
+def test_a_store_that_cannot_be_read_fails_the_job_without_a_word_of_where(tmp_path, model, monkeypatch, call):
+    place = Workplace(tmp_path)
+    place.store.put("acme:ann", make_adapter(model))
+    client = place.openai()
+    bad = client.fine_tuning.jobs.create(model="acme:ann", training_file=place.upload(chats(4))).id
+    good = client.fine_tuning.jobs.create(model=BASE, training_file=place.upload(chats(4)), suffix="bob").id
+    inner = getattr(place.store, call)
+
+    def fail(name, *given):
+        if name == "acme:ann":
+            raise StoreError(f"can't read {tmp_path}/store/adapters/x: Input/output error.")
+        return inner(name, *given)
+
+    monkeypatch.setattr(place.store, call, fail)
+    run = place.runner().runs.gather()
+    assert run is not None and [entry.job for entry in run.entries] == [good]  # nobody else waits for it
+    error = client.fine_tuning.jobs.retrieve(bad).error
+    assert error.code == "adapter_damaged" and error.message == '"acme:ann" can\'t be read from the store.'
+    assert str(tmp_path) not in place.http().get(f"/v1/fine_tuning/jobs/{bad}/events").text
 
 
 def test_another_tenants_job_is_answered_like_one_that_never_was(quiet):

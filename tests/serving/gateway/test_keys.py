@@ -9,6 +9,7 @@ import pytest
 
 from veralib import ConfigError, UnknownName
 from veralib.serving.gateway.keys import Keys
+from veralib.serving.gateway.records import Records
 from veralib.serving.gateway.settings import GatewaySettings, is_loopback
 from veralib.serving.gateway.tenants import Tenant
 
@@ -87,6 +88,14 @@ def test_a_key_is_an_admins_or_has_a_prefix(tmp_path):
             Keys(tmp_path).add(**given)
 
 
+def test_the_state_folder_is_its_owners_alone(tmp_path):
+    """Chats lie in it as well as keys."""
+    Keys(tmp_path / "keys first" / "state")
+    Records(tmp_path / "records first" / "state")
+    folders = [tmp_path / first / "state" for first in ("keys first", "records first")]
+    assert [folder.stat().st_mode & 0o777 for folder in folders] == [0o700] * 2
+
+
 def test_a_damaged_record_shuts_nobody_else_out(tmp_path):
     keys = Keys(tmp_path)
     key, record = keys.add("acme:")
@@ -94,6 +103,9 @@ def test_a_damaged_record_shuts_nobody_else_out(tmp_path):
     text = json.loads((keys.folder / f"{other.id}.json").read_text())
     (keys.folder / f"{other.id}.json").write_text(json.dumps({**text, "prefix": "acme"}))
     (keys.folder / "x.json").write_text("{")
+    for name, digest in (("umlaut", "ä" * 64), ("nothing", None)):
+        (keys.folder / f"{name}.json").write_text(json.dumps({**text, "id": name, "sha256": digest}))
+    (keys.folder / "folder.json").mkdir()
     fresh = Keys(tmp_path)
     assert fresh.find(key) is not None and fresh.find(bad) is None and [r.id for r in fresh.list()] == [record.id]
 

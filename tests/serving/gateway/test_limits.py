@@ -1,15 +1,23 @@
 """Each limit has its HTTP code, and what was taken is given back whichever way a request ends."""
 
+import asyncio
 import contextlib
 import json
+import socket
 import threading
 import time
+from types import SimpleNamespace
 
 import httpx2
 import pytest
 
 from tests.serving.gateway.fake import wait_until
-from veralib.serving.gateway.limits import Bucket
+from veralib.serving.gateway.client import About
+from veralib.serving.gateway.limits import Bucket, Limits
+from veralib.serving.gateway.metrics import Metrics
+from veralib.serving.gateway.relay import Relay
+from veralib.serving.gateway.settings import GatewaySettings
+from veralib.serving.gateway.tenants import EVERYBODY
 
 TEXT = {"model": "acme:ann", "prompt": "x"}
 
@@ -117,6 +125,70 @@ def test_a_keys_rate(world):
     assert 1 <= int(answers[-1].headers["retry-after"]) <= 12
     assert code(world.http(url).get("/v1/models")) == (429, "rate_limit_exceeded")
     assert world.http(url, "globex").post("/v1/completions", json={**TEXT, "model": "globex:ann"}).status_code == 200
+
+
+def test_uploads_and_jobs_count_too(world):
+    http = world.http(world.gateway(key_requests_per_minute=3))
+    answers = [http.get(path) for path in ("/v1/files", "/v1/fine_tuning/jobs", "/v1/nothing", "/v1/files")]
+    assert [a.status_code for a in answers] == [200, 200, 404, 429] and code(answers[-1]) == (429, "rate_limit_exceeded")
+    assert [http.get(path).status_code for path in ("/health", "/ready", "/openapi.json")] == [200] * 3
+
+
+@pytest.mark.parametrize("path", ["/v1/files", "/v1/completions", "/v1/fine_tuning/jobs"])
+def test_a_body_that_is_still_being_sent_counts(world, path):
+    url = world.gateway(key_concurrency=1)
+    host, port = url.removeprefix("http://").split(":")
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {world.keys['acme']}\r\nContent-Length: 100\r\n"
+    kind = "multipart/form-data; boundary=x" if path == "/v1/files" else "application/json"
+    running = lambda: sum(key.running for key in world.apps[0].state.gateway.limits._keys.values())  # noqa: E731
+    with socket.create_connection((host, int(port))) as slow:
+        slow.sendall(f"{head}Content-Type: {kind}\r\n\r\n--x".encode())
+        assert wait_until(lambda: running() == 1)
+        assert code(world.http(url).get("/v1/models")) == (429, "rate_limit_exceeded")
+        assert world.http(url, "globex").get("/v1/models").status_code == 200
+    assert wait_until(lambda: running() == 0)
+    assert [world.http(url).get("/v1/models").status_code for _ in range(20)] == [200] * 20  # none follows too closely
+
+
+def test_a_client_that_reads_nothing_lets_go_of_the_engine():
+    """It keeps its connection, so nothing else tells that it has gone."""
+    settings = GatewaySettings(store="s", engine_url="http://x", running=1)
+    metrics, ended = Metrics(), []
+    limits = Limits(settings, metrics)
+
+    class Client:
+        async def about(self):
+            return About("tiny", None, 0)
+
+        @contextlib.asynccontextmanager
+        async def stream(self, path, body):
+            async def pieces():
+                while True:
+                    yield b'data: {"choices": []}\n\n'
+
+            try:
+                yield SimpleNamespace(status_code=200, headers={"content-type": "text/event-stream"}, aiter_bytes=pieces)
+            finally:
+                ended.append(body["model"])
+
+    async def check():
+        taken = []
+
+        async def send(message):
+            taken.append(message)
+            if len(taken) > 3:
+                await asyncio.Event().wait()
+
+        relay = Relay(
+            EVERYBODY, "/v1/completions", "tiny", {"prompt": "x"}, tokens=1, usage=False, max_tokens=8, taking_seconds=0.2,
+            names=None, client=Client(), limits=limits, metrics=metrics, base_name=None,
+        )  # fmt: skip
+        await asyncio.wait_for(relay({}, asyncio.Event().wait, send), 5)
+        async with limits.slot():
+            return len(taken)
+
+    assert asyncio.run(check()) == 4 and ended == ["tiny"]
+    assert metrics.disconnects._value.get() == 1
 
 
 def test_a_keys_tokens(world):

@@ -1,5 +1,7 @@
 """/v1/models: versions, rollback, deletion with everything that belongs to it, loading."""
 
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -9,6 +11,8 @@ from tests.serving.gateway.conftest import adapter
 from veralib import UnknownName
 from veralib.serving.names import engine_name
 from veralib.store import open_store
+from veralib.store.folder import FolderStore
+from veralib.store.names import key_of
 
 
 def say(http, name="acme:ann"):
@@ -25,6 +29,48 @@ def test_rollback_is_one_call(world):
     assert say(http).startswith(engine_name(world.store, "acme:ann") + " says")
     missing = http.post("/v1/models/acme:ann/rollback", json={"version": 9})
     assert missing.status_code == 404 and "Known: 1, 2, 3" in missing.text
+
+
+def test_rollback_from_a_damaged_version(world):
+    """That the current one can't be read is when it is needed."""
+    http = world.http(world.gateway())
+    world.store.put("acme:ann", adapter(1))
+    (path,) = world.store.files.root.glob(f"adapters/*/{key_of('acme:ann')}/000000000002-*.vera")
+    path.write_bytes(path.read_bytes()[:-20])
+    assert http.get("/v1/models/acme:ann").status_code == 422
+    assert http.post("/v1/models/acme:ann/rollback", json={"version": 1}).json()["version"] == 3
+    assert say(http).startswith(engine_name(world.store, "acme:ann") + " says")
+
+
+def test_a_rollback_does_not_bring_back_what_is_deleted_meanwhile(world, monkeypatch):
+    http = world.http(world.gateway())
+    world.store.put("acme:ann", adapter(1))
+    store, write = world.apps[0].state.gateway.store, FolderStore._write
+    with ThreadPoolExecutor(1) as thread:
+        deleted = []
+
+        def slow(self, records):
+            if self is store and not deleted:
+                deleted.append(thread.submit(http.delete, "/v1/models/acme:ann"))
+                time.sleep(0.5)
+            return write(self, records)
+
+        monkeypatch.setattr(FolderStore, "_write", slow)
+        assert http.post("/v1/models/acme:ann/rollback", json={"version": 1}).status_code == 200
+        assert deleted[0].result().json()["removed"]["versions"] == 3
+    assert "acme:ann" not in world.store and http.get("/v1/models/acme:ann").status_code == 404
+
+
+def test_an_answer_waits_for_nobodys_list(world, monkeypatch):
+    url = world.gateway()
+    store, free = world.apps[0].state.gateway.store, threading.Event()
+    monkeypatch.setattr(store, "page", lambda *_: [] if free.wait(20) else [])
+    with ThreadPoolExecutor(12) as threads:
+        lists = [threads.submit(world.http(url, "globex").get, "/v1/models") for _ in range(12)]
+        time.sleep(0.3)
+        assert say(world.http(url)) and not any(one.done() for one in lists)
+        free.set()
+        assert [one.result().status_code for one in lists] == [200] * 12
 
 
 def test_delete_takes_everything_along(world):

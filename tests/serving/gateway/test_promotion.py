@@ -1,6 +1,7 @@
 """A new version goes live only if it isn't worse, once, whatever dies in between; and all of an owner can be removed."""
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -14,10 +15,12 @@ import torch
 
 from tests.serving.gateway.test_jobs import flat
 from tests.serving.gateway.workplace import BASE, Workplace, chats, make_adapter, make_model
+from veralib import StoreError
 from veralib.serving.gateway import promotion, runner, training
 from veralib.serving.gateway.deletion import delete_owner
 from veralib.serving.gateway.runs import Entry, Runs
 from veralib.store import open_store
+from veralib.store.names import key_of
 
 ROOT = Path(__file__).parents[3]
 
@@ -133,6 +136,87 @@ def test_after_a_rollback_the_next_job_goes_on_from_the_version_that_is_live(pla
     start = open_store(place.folder / "state" / run.folder / "start")
     assert torch.equal(flat(start, "acme:ann"), flat(place.store, "acme:ann", 1))
     assert not torch.equal(flat(start, "acme:ann"), flat(place.store, "acme:ann", 2))
+
+
+def damage(store, name: str, version: int) -> None:
+    """One bit of one version's file."""
+    (path,) = store.files.root.glob(f"adapters/*/{key_of(name)}/{version:012d}-*.vera")
+    data = bytearray(path.read_bytes())
+    data[-20] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_damaged_earlier_version_is_no_hindrance(settling, adapter, monkeypatch):
+    store = settling.place.store
+    for _ in range(2):
+        store.put("acme:ann", adapter)
+    damage(store, "acme:ann", 1)
+    job = settling.job()
+    entry = settling.entry(job)
+    with monkeypatch.context() as m:
+        m.setattr(settling.place.learning.jobs, "end", lambda *_, **__: None)  # a crash before the mark
+        settling.settle(job, entry)
+    assert settling.settle(job, entry).status == "succeeded" and store.current("acme:ann") == 3  # once all the same
+
+
+class Carried:
+    """A run of two jobs whose adapters are in the staging store, without the training."""
+
+    def __init__(self, place: Workplace, adapter) -> None:
+        client, self.worker = place.openai(), place.runner()
+        file = place.upload(chats(4))
+        self.jobs = [client.fine_tuning.jobs.create(model=BASE, training_file=file, suffix=s).id for s in ("ann", "bob")]
+        self.worker.runs.gather()
+        (self.run,) = self.worker.runs.all()
+        folder = place.learning.records.path(self.run.folder) / "fleet"
+        staged = open_store(folder / "store")
+        lines = []
+        for entry in self.run.entries:
+            staged.put(entry.name, adapter)
+            lines.append(json.dumps({**RESULT, "name": entry.name}))
+        (folder / "owners-0.jsonl").write_text("\n".join(lines) + "\n")
+        (folder / "fleet.json").write_text('{"unusable": {}}')
+
+    def status(self, place: Workplace) -> list[str]:
+        found = [place.openai().fine_tuning.jobs.retrieve(job) for job in self.jobs]
+        return [f"{job.status} {job.error.code}" if job.error is not None else job.status for job in found]
+
+
+@pytest.mark.parametrize("failures", [2, 99])
+def test_a_store_that_refuses_one_version_fails_its_job_and_no_other(tmp_path, adapter, monkeypatch, failures):
+    monkeypatch.setattr(runner, "BACKOFF_SECONDS", 0.0)
+    place = Workplace(tmp_path)
+    carried, put, tries = Carried(place, adapter), place.store.put, []
+
+    def refuse(name, *given):
+        if name == "acme:ann" and len(tries) < failures:
+            tries.append(name)
+            raise StoreError("can't write it")
+        return put(name, *given)
+
+    monkeypatch.setattr(place.store, "put", refuse)
+    place.work()
+    assert carried.status(place) == ["succeeded" if failures == 2 else "failed not_stored", "succeeded"]
+    assert len(tries) == min(failures, 3) and not Runs(place.learning).all()
+
+
+def test_a_run_that_fails_on_the_gateways_side_lets_others_go_first(tmp_path, adapter, monkeypatch):
+    place = Workplace(tmp_path)
+    bad = Carried(place, adapter)
+
+    def fail(*_):
+        raise OSError("no such device")
+
+    with monkeypatch.context() as m:
+        m.setattr(runner, "settle", fail)
+        with pytest.raises(OSError):
+            bad.worker.step()
+    Runs(place.learning).write(replace(bad.run, attempts=0))
+    client = place.openai()
+    good = client.fine_tuning.jobs.create(model=BASE, training_file=place.upload(chats(4)), suffix="eve")
+    carried = []
+    monkeypatch.setattr(runner._Carrying, "to_its_end", lambda self: carried.append(self.run.entries[0].job))
+    assert bad.worker.step() and carried == [good.id]
 
 
 # Crashes
@@ -282,6 +366,40 @@ def test_nothing_of_a_deleted_owner_is_left_anywhere(place, adapter):
     left = place.texts()
     assert secret not in left and b"secret-ann" not in left
     assert delete_owner(place.learning, "acme:secret-ann") == dict.fromkeys(removed, 0)
+
+
+@pytest.mark.parametrize("killed_at", ["delete", "forget"])
+def test_a_deletion_that_was_killed_is_carried_to_its_end_by_the_next(settling, monkeypatch, killed_at):
+    place = settling.place
+    settling.job(), settling.job()
+    uploads, jobs = place.learning.uploads, place.learning.jobs
+    owner, calls = {"delete": uploads, "forget": jobs}[killed_at], []
+    inner = getattr(owner, killed_at)
+
+    def kill(what):
+        if calls:
+            raise KeyboardInterrupt
+        calls.append(inner(what))
+
+    with monkeypatch.context() as m:
+        m.setattr(owner, killed_at, kill)
+        with pytest.raises(KeyboardInterrupt):
+            delete_owner(place.learning, "acme:ann")
+    delete_owner(place.learning, "acme:ann")
+    assert not [
+        p for part in ("files", "jobs", "waiting", "owners") for p in place.folder.glob(f"state/{part}/**/*") if p.is_file()
+    ]
+
+
+def test_a_deletion_leaves_the_file_of_another_tenant(tmp_path):
+    """An admin may train acme's adapter on evil's file; that acme deletes the adapter is nothing to evil."""
+    place = Workplace(tmp_path)
+    theirs, admins = place.upload(chats(4), "evil"), place.upload(chats(4), "admin")
+    for file in (theirs, admins):
+        place.openai("admin").fine_tuning.jobs.create(model=BASE, training_file=file, suffix="acme:ann")
+    assert delete_owner(place.learning, "acme:ann")["files"] == 1
+    assert [f.id for f in place.openai("evil").files.list()] == [theirs]
+    assert [f.id for f in place.openai("admin").files.list()] == [theirs]
 
 
 def test_deletion_without_a_runner_takes_the_owner_out_of_a_run_that_waits(place):

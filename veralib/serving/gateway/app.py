@@ -20,7 +20,7 @@ from .keys import Keys
 from .learning import Learning, install, read_settings
 from .limits import Limits
 from .metrics import Metrics
-from .middleware import BodyLimits, Measure
+from .middleware import Admit, BodyLimits, Measure
 from .models import Names
 from .settings import GatewaySettings
 from .state import Gateway
@@ -74,6 +74,7 @@ def make_app(settings: GatewaySettings) -> FastAPI:
     open_paths = OPEN | {"/metrics"} if settings.open_metrics else OPEN
     # The last one added is the first to see a request: who asks is known before a byte of the body is read.
     app.add_middleware(BodyLimits, settings.max_body_bytes, settings.max_upload_bytes, settings.body_seconds)
+    app.add_middleware(Admit, gateway.limits)
     app.add_middleware(Authenticate, keys if settings.auth else None, open_paths)
     app.add_middleware(Measure, metrics)
     for name in ROUTERS:

@@ -1,5 +1,6 @@
 """EngineClient: what the gateway asks an engine, over HTTP in vLLM's dialect, and what the engine's failures become."""
 
+import asyncio
 import json
 import re
 import time
@@ -14,7 +15,9 @@ from ..names import NAME
 from .errors import LOG, ApiError, shown
 
 ENGINE_NAMES = re.compile(rf"{NAME.pattern}@\d{{1,18}}-[0-9a-f]{{12}}")
-ABOUT_SECONDS = 30.0
+ABOUT_SECONDS, LOOK_SECONDS = 30.0, 2.0
+COUNTS = 32
+"""Questions for a count of tokens at a time: they come before the queue, and must not take the connections of what runs."""
 
 
 class Where(Protocol):
@@ -48,11 +51,17 @@ class EngineClient:
             trust_env=False,
             headers={"Accept-Encoding": "identity"},
         )
+        # Of its own, as a look must not wait behind requests: an engine that doesn't answer it is ended.
+        self._looks = httpx2.AsyncClient(timeout=LOOK_SECONDS, limits=httpx2.Limits(max_connections=2), trust_env=False)
+        self._looking: asyncio.Future[bool] | None = None
+        self._counting = asyncio.Semaphore(COUNTS)
         self._about: tuple[int, float, About] | None = None
+        self._asking = asyncio.Lock()
 
     async def close(self) -> None:
         """Ends the connections."""
         await self._http.aclose()
+        await self._looks.aclose()
 
     async def get(self, path: str, seconds: float | None = None) -> httpx2.Response:
         """ApiError 503 or 504 where there is no answer."""
@@ -75,17 +84,36 @@ class EngineClient:
             yield answer
 
     async def healthy(self) -> bool:
-        """Whether the engine answers now."""
+        """Whether the engine answers now. All who ask at a time share one look: /ready is open to everybody."""
+        if self._looking is None or self._looking.done():
+            self._looking = asyncio.ensure_future(self._look())
+        return await asyncio.shield(self._looking)
+
+    async def _look(self) -> bool:
         try:
-            return (await self.get("/health", seconds=2.0)).status_code == 200
+            async with self._failing():
+                return (await self._looks.get(self._url("/health"), headers=self._headers())).status_code == 200
         except ApiError:
             return False
 
     async def about(self, fresh: bool = False) -> About:
-        """Asked again after a restart, and now and then."""
+        """Asked again after a restart, and now and then: by one at a time, as vLLM lists every adapter it has with it."""
+        began = time.monotonic()
+        if (known := self._known(fresh, began)) is not None:
+            return known
+        async with self._asking:
+            return self._known(fresh, began) or await self._ask_about()
+
+    def _known(self, fresh: bool, began: float) -> About | None:
+        """What was asked lately; fresh: after `began`."""
+        if self._about is None:
+            return None
+        run, at, about = self._about
+        lately = at >= began if fresh else time.monotonic() - at < ABOUT_SECONDS
+        return about if run == self.engine.run and lately else None
+
+    async def _ask_about(self) -> About:
         known = self._about
-        if known and not fresh and known[0] == self.engine.run and time.monotonic() - known[1] < ABOUT_SECONDS:
-            return known[2]
         run = self.engine.run
         for card in await self._cards():
             if not card.get("parent") and ENGINE_NAMES.fullmatch(str(card.get("id"))) is None:
@@ -115,7 +143,8 @@ class EngineClient:
 
     async def count_tokens(self, body: dict[str, Any]) -> int | None:
         """Of a prompt or of messages; None where this engine can't say."""
-        answer = await self.post("/tokenize", body)
+        async with self._counting:
+            answer = await self.post("/tokenize", body)
         if answer.status_code in (404, 405, 501):
             return None
         if answer.status_code != 200:

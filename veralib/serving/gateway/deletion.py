@@ -1,5 +1,6 @@
 """Deletion: everything of one adapter, wherever it lies. What went is counted in the answer."""
 
+import contextlib
 import secrets
 import time
 from collections.abc import Sequence
@@ -9,6 +10,8 @@ from ...errors import StoreError, UnknownName
 from ...store import open_store
 from . import training
 from .errors import ApiError
+from .files import Upload
+from .jobs import Job
 from .learning import Learning
 from .records import GATHER, tenant_folder
 from .runs import Entry, Run, Runs
@@ -39,25 +42,38 @@ def delete_jobs(learning: Learning, name: str) -> dict[str, int]:
     # Nobody gathers meanwhile, and whoever is about to promote sees that the job is gone.
     with learning.records.lock(GATHER), learning.records.lock(name):
         jobs = learning.jobs.of_owner(name)
+        ids = {job.id for job in jobs}
+        # Files before jobs: where this process is killed in between, the next deletion still knows whose they were.
+        for upload in _files_of(learning, name, jobs):
+            learning.uploads.delete(upload)
+            counts["files"] += 1
         for job in jobs:
             learning.jobs.forget(job)
             counts["jobs"] += 1
-    files = {file: job.tenant for job in jobs for file in (job.training_file, job.validation_file) if file is not None}
-    for file, tenant in files.items():
-        try:
-            upload = learning.uploads.of_job(file, tenant)
-        except ApiError:
-            continue  # deleted before
-        folders = sorted({tenant_folder(tenant), tenant_folder(upload.tenant)})
-        if not any(file in (job.training_file, job.validation_file) for job in learning.jobs.of_folders(folders)):
-            learning.uploads.delete(upload)
-            counts["files"] += 1
     runs = Runs(learning)
-    ids = {job.id for job in jobs}
     for run in runs.all():
         if any(entry.job in ids for entry in run.entries):
             counts["runs" if _taken_out(runs, run, ids) else "runs_pending"] += 1
     return counts
+
+
+def _files_of(learning: Learning, name: str, jobs: Sequence[Job]) -> list[Upload]:
+    """The files that these jobs alone use; not those of another tenant, which an admin took for a job."""
+    tenant_of_file = {file: job.tenant for job in jobs for file in _used(job)}
+    found = []
+    for file, tenant in tenant_of_file.items():
+        with contextlib.suppress(ApiError):  # deleted before
+            upload = learning.uploads.of_job(file, tenant)
+            if name.startswith(upload.tenant):
+                found.append(upload)
+    folders = sorted({tenant_folder(t) for t in (*tenant_of_file.values(), *(upload.tenant for upload in found))})
+    mine = {job.id for job in jobs}
+    used = {file for job in learning.jobs.of_folders(folders) if found and job.id not in mine for file in _used(job)}
+    return [upload for upload in found if upload.id not in used]
+
+
+def _used(job: Job) -> list[str]:
+    return [file for file in (job.training_file, job.validation_file) if file is not None]
 
 
 def _taken_out(runs: Runs, run: Run, jobs: set[str]) -> bool:

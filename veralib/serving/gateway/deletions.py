@@ -27,11 +27,12 @@ class Deletions:
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._done: dict[str, int] = {}  # what was deleted while this gateway was away is looked at too
 
-    def note(self, name: str) -> None:
-        """For the other gateways."""
+    def note(self, name: str, done: bool = True) -> None:
+        """For the other gateways; and for this one where its own engine isn't done with it."""
         path = self.folder / mark(name)
         path.touch()
-        self._done[path.name] = path.stat().st_mtime_ns
+        if done:
+            self._done[path.name] = path.stat().st_mtime_ns
 
     async def follow(self, client: EngineClient) -> None:
         """Looks every second."""

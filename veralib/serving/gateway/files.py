@@ -12,6 +12,8 @@ from .records import Records, tenant_folder
 from .tenants import EVERYBODY, Tenant
 
 PURPOSE = "fine-tune"
+PIECE = 2**18
+"""Bytes of a file that are in memory while it is sent."""
 
 
 @dataclass(frozen=True)
@@ -99,12 +101,19 @@ class Uploads:
                     found.append(Upload(**record))
         return found
 
-    def content(self, upload: Upload) -> bytes:
-        """The bytes as they came. ApiError 404 where the file was deleted meanwhile."""
+    def content(self, upload: Upload) -> Iterator[bytes]:
+        """The bytes as they came, piece by piece. ApiError 404 at once where the file was deleted meanwhile."""
         try:
-            return self.records.path(f"{upload.folder}/{upload.id}.jsonl").read_bytes()
+            file = open(self.records.path(f"{upload.folder}/{upload.id}.jsonl"), "rb")  # noqa: SIM115
         except FileNotFoundError:
             raise ApiError(404, f'There is no file "{upload.id}".', code="file_not_found") from None
+
+        def pieces() -> Iterator[bytes]:
+            with file:
+                while piece := file.read(PIECE):
+                    yield piece
+
+        return pieces()
 
     def rows(self, upload: Upload) -> Iterator[list[dict[str, str]]]:
         """The chats in it. FileNotFoundError where the file was deleted meanwhile."""

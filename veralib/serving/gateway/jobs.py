@@ -15,8 +15,8 @@ from typing import Any
 
 from ...store.names import key_of, shard_of
 from .errors import ApiError, shown
-from .paging import is_id, new_id
-from .records import Records, tenant_folder
+from .paging import is_id, new_id, seconds_since
+from .records import STALE_SECONDS, Records, tenant_folder
 from .tenants import Tenant
 
 
@@ -64,13 +64,14 @@ class Jobs:
     def add(self, job: Job) -> None:
         """Acknowledged and durable when it returns. ApiError 429 where the tenant has too many that haven't ended."""
         mine = tenant_folder(job.tenant)
-        if sum(record["tenant"] == mine for record in self._waiting()) >= self.max_waiting:
-            raise ApiError(
-                429, f"{self.max_waiting:,} jobs haven't ended: wait for one, or cancel it.", code="too_many_jobs",
-                headers={"Retry-After": "30"},
-            )  # fmt: skip
-        self.records.write(f"{job.owner_folder}/{job.id}", {"tenant": mine})
-        self.records.write(f"waiting/{job.id}", {"tenant": mine})
+        with self.records.lock(f"waiting of {mine}"):  # two that come at once are both counted
+            if sum(record["tenant"] == mine for record in self._waiting()) >= self.max_waiting:
+                raise ApiError(
+                    429, f"{self.max_waiting:,} jobs haven't ended: wait for one, or cancel it.", code="too_many_jobs",
+                    headers={"Retry-After": "30"},
+                )  # fmt: skip
+            self.records.write(f"{job.owner_folder}/{job.id}", {"tenant": mine})
+            self.records.write(f"waiting/{job.id}", {"tenant": mine})
         self.records.write(f"{job.folder}/job.json", asdict(job))
         self.tell(job, "Created fine-tuning job; the training file was checked when it came.")
 
@@ -82,10 +83,10 @@ class Jobs:
                 return found
         raise ApiError(404, f'There is no fine-tuning job "{shown(job, 60)}".', code="job_not_found")
 
-    def of_tenant(self, tenant: Tenant) -> list[Job]:
-        """In no order."""
+    def of_tenant(self, tenant: Tenant) -> list[tuple[str, str]]:
+        """(tenant's folder, id) of each, in no order, unread: jobs are kept, so there may be very many."""
         folders = self.records.names("jobs") if tenant.admin else [tenant_folder(tenant.prefix)]
-        return list(self.of_folders(folders))
+        return [(folder, name) for folder in folders for name in self.records.names(f"jobs/{folder}") if is_id("ftjob", name)]
 
     def of_folders(self, folders: list[str]) -> Iterator[Job]:
         """All jobs in these tenants' folders."""
@@ -101,13 +102,15 @@ class Jobs:
         return [job for job in found if job is not None]
 
     def waiting(self) -> list[Job]:
-        """Jobs that haven't ended, the oldest first."""
+        """Jobs that haven't ended, the oldest first. Entries that a crash left behind are removed: they count as waiting."""
         found = []
         for name in sorted(self.records.names("waiting")):
             entry = self.records.read(f"waiting/{name}")
             job = None if entry is None else self._read(entry["tenant"], name)
             if job is not None and not self.has_ended(job):
                 found.append(job)
+            elif job is not None or seconds_since(name) > STALE_SECONDS:  # a young one's job may just be written
+                self.records.remove(f"waiting/{name}")
         return found
 
     def find(self, folder: str, job: str) -> Job | None:

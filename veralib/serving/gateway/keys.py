@@ -51,7 +51,8 @@ class Keys:
     def __init__(self, state: str | os.PathLike[str]) -> None:
         self.folder = Path(state) / "keys"
         try:
-            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            for folder in (Path(state), self.folder):  # chats lie beside the keys: mkdir's mode is not that of its parents
+                folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError as e:
             raise ConfigError(f"can't make the folder {self.folder}: {e.strerror or e}.") from e
         self._known: dict[str, KeyRecord] = {}
@@ -125,12 +126,16 @@ def _read(path: Path) -> KeyRecord | None:
     """None where it was revoked meanwhile, and where it is damaged: one bad file shuts nobody else out."""
     try:
         record = KeyRecord(**json.loads(path.read_text()))
-        if record.id == path.stem and (record.prefix == "" if record.admin else PREFIX.fullmatch(record.prefix)):
+        if (
+            record.id == path.stem
+            and record.sha256.isascii()
+            and (record.prefix == "" if record.admin else PREFIX.fullmatch(record.prefix))
+        ):
             return record
         why = f"id {record.id!r}, prefix {record.prefix!r}"
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError) as e:
+    except (ValueError, TypeError, AttributeError, OSError) as e:
         why = str(e)
     LOG.warning("%s is no key's record and counts for nothing: %s. Remove it, and make a new key for its owner.", path, why)
     return None

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -108,8 +109,11 @@ def install(app: FastAPI, learning: Learning) -> None:
         finally:
             await asyncio.shield(asyncio.to_thread(runner.stop))
 
+    # Threads of their own: a deletion may wait for a run, and asyncio's few threads also look up the engine's host name.
+    deleting = ThreadPoolExecutor(8, "deletions")
+
     async def forget(name: str) -> dict[str, int]:
-        counts = await asyncio.to_thread(delete_jobs, learning, name)
+        counts = await asyncio.get_running_loop().run_in_executor(deleting, delete_jobs, learning, name)
         return {what: count for what, count in counts.items() if count}
 
     app.state.learning = learning

@@ -53,7 +53,8 @@ class Ticket:
 
 
 class Limits:
-    """enter: a key's own limits, 429. slot: the engine's queue, 503. Both give back when their block ends, however it ends."""
+    """admit: a key's rate and concurrency; enter: its tokens; 429. slot: the engine's queue, 503. What was taken is given back
+    when the block, or the request, ends, however it ends."""
 
     def __init__(self, settings: GatewaySettings, metrics: Metrics, clock: Callable[[], float] = time.monotonic) -> None:
         self.settings, self.metrics, self.clock = settings, metrics, clock
@@ -61,28 +62,36 @@ class Limits:
         self._slots = asyncio.Semaphore(settings.running)
         self._waiting = 0
 
-    @contextlib.asynccontextmanager
-    async def enter(self, tenant: Tenant, tokens: int) -> AsyncIterator[Ticket]:
-        """tokens: what the request may cost at most, roughly; corrected at the end by the engine's count."""
-        s = self.settings
-        key = self._keys.get(tenant.id)
-        if key is None:
-            requests, of_tokens = (Bucket(n or 1, self.clock) for n in (s.key_requests_per_minute, s.key_tokens_per_minute))
-            key = self._keys[tenant.id] = _Key(requests, of_tokens)
+    def admit(self, tenant: Tenant) -> Callable[[], None]:
+        """Counts a request, before its body is read; what is returned is called at its end, once or more. ApiError 429."""
+        s, key = self.settings, self._key(tenant)
         if key.running >= s.key_concurrency:
             raise self._refuse(429, "key_concurrency", f"This key has {key.running} requests running, the limit.", 1)
         if s.key_requests_per_minute and (wait := key.requests.wait_seconds(1)):
             raise self._refuse(429, "key_requests", f"This key may send {s.key_requests_per_minute} requests a minute.", wait)
+        key.requests.take(1)
+        key.running += 1
+
+        left = False
+
+        def leave() -> None:
+            nonlocal left
+            key.running -= not left
+            left = True
+
+        return leave
+
+    @contextlib.asynccontextmanager
+    async def enter(self, tenant: Tenant, tokens: int) -> AsyncIterator[Ticket]:
+        """tokens: what the request may cost at most, roughly; corrected at the end by the engine's count."""
+        s, key = self.settings, self._key(tenant)
         if s.key_tokens_per_minute and (wait := key.tokens.wait_seconds()):
             raise self._refuse(429, "key_tokens", f"This key may use {s.key_tokens_per_minute} tokens a minute.", wait)
-        key.requests.take(1)
         key.tokens.take(tokens)
-        key.running += 1
         ticket = Ticket(key, tokens)
         try:
             yield ticket
         finally:
-            key.running -= 1
             if ticket.used is not None:
                 key.tokens.take(ticket.used - tokens)
 
@@ -90,7 +99,7 @@ class Limits:
     async def slot(self) -> AsyncIterator[None]:
         """One of the requests that the engine has at a time, first come, first served."""
         if self._slots.locked() and self._waiting >= self.settings.queue:
-            raise self._refuse(503, "queue", f"{self._waiting} requests are waiting already.", 2)
+            raise self._refuse(503, "queue", "The queue is full.", 2)
         self._waiting += 1
         self.metrics.waiting.set(self._waiting)
         try:
@@ -107,6 +116,14 @@ class Limits:
         finally:
             self.metrics.running.dec()
             self._slots.release()
+
+    def _key(self, tenant: Tenant) -> _Key:
+        key = self._keys.get(tenant.id)
+        if key is None:
+            s = self.settings
+            requests, of_tokens = (Bucket(n or 1, self.clock) for n in (s.key_requests_per_minute, s.key_tokens_per_minute))
+            key = self._keys[tenant.id] = _Key(requests, of_tokens)
+        return key
 
     def _refuse(self, status: int, limit: str, message: str, wait: float) -> ApiError:
         self.metrics.refused.labels(limit).inc()

@@ -1,4 +1,4 @@
-"""What every request passes before its route: the body's limits, and the count for /metrics."""
+"""What every request passes before its route: its key's limits, the body's, and the count for /metrics."""
 
 import asyncio
 import time
@@ -8,6 +8,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .errors import ApiError, error_response
+from .limits import Limits
 from .metrics import Metrics
 
 UPLOADS = "/v1/files"
@@ -52,6 +53,33 @@ class BodyLimits:
             return message
 
         await self.app(scope, counted, send)
+
+
+class Admit:
+    """ASGI middleware: 429 for a key that sends too many requests, below /v1, before their bodies are read: so uploads, slow
+    bodies and slow readers count as long as they last."""
+
+    def __init__(self, app: ASGIApp, limits: Limits) -> None:
+        self.app, self.limits = app, limits
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        tenant = scope.get("state", {}).get("tenant") if scope["type"] == "http" else None
+        if tenant is None or not scope["path"].startswith("/v1/"):
+            return await self.app(scope, receive, send)
+        try:
+            leave = self.limits.admit(tenant)
+        except ApiError as e:
+            return await error_response(e)(scope, receive, send)
+
+        async def noted(message: Message) -> None:
+            if message["type"] == "http.response.body" and not message.get("more_body", False):
+                leave()  # before its last piece: who has the whole answer may ask again
+            await send(message)
+
+        try:
+            await self.app(scope, receive, noted)
+        finally:
+            leave()
 
 
 class Measure:

@@ -27,12 +27,14 @@ class Names:
     def __init__(self, store: Store) -> None:
         self.store = store
         self._threads = ThreadPoolExecutor(8, "store")
+        self._pages = ThreadPoolExecutor(2, "store-pages")  # a folder store looks at every name: nobody's answer waits for that
         self._near: OrderedDict[str, tuple[float, list[str]]] = OrderedDict()
         self._looking = False
 
     def close(self) -> None:
         """Ends the threads."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._threads, self._pages):
+            threads.shutdown(wait=False, cancel_futures=True)
 
     async def ask(self, call: Callable[..., T], *arguments: Any) -> T:
         """A call of the store's, in a thread."""
@@ -68,7 +70,7 @@ class Names:
 
     async def page(self, tenant: Tenant, after: str, limit: int) -> list[str]:
         """The tenant's names behind `after`, in order."""
-        return await self.ask(self.store.page, tenant.prefix, after, limit)
+        return await asyncio.get_running_loop().run_in_executor(self._pages, self.store.page, tenant.prefix, after, limit)
 
     async def latest(self, name: str) -> Version | None:
         """About the current version; None where it was deleted or is damaged."""

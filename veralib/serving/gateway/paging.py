@@ -4,6 +4,7 @@ import re
 import secrets
 import time
 from collections.abc import Callable, Iterable
+from itertools import islice
 from typing import Any, Literal, TypeVar
 
 Item = TypeVar("Item")
@@ -27,21 +28,25 @@ def is_id(kind: str, text: str) -> bool:
 def page(
     items: Iterable[Item],
     id_of: Callable[[Item], str],
-    to_openai: Callable[[Item], dict[str, Any]],
+    to_openai: Callable[[Item], dict[str, Any] | None],
     after: str | None,
     limit: int,
     order: Literal["asc", "desc"] = "desc",
 ) -> dict[str, Any]:
-    """At most `limit` of the items in the order of their ids, from behind `after`, which may have been deleted meanwhile."""
+    """At most `limit` of the items in the order of their ids, from behind `after`, which may have been deleted meanwhile.
+
+    to_openai is asked for those of the page alone; None: it was deleted meanwhile, or never was whole.
+    """
     down = order == "desc"
     left = sorted(items, key=id_of, reverse=down)
     if after is not None:
         left = [item for item in left if (id_of(item) < after if down else id_of(item) > after)]
-    data = [to_openai(item) for item in left[:limit]]
+    found = (content for item in left if (content := to_openai(item)) is not None)
+    data = list(islice(found, limit))
     return {
         "object": "list",
         "data": data,
         "first_id": data[0]["id"] if data else None,
         "last_id": data[-1]["id"] if data else None,
-        "has_more": limit < len(left),
+        "has_more": next(found, None) is not None,
     }

@@ -6,7 +6,7 @@ Put, then marked: between the two a crash leaves a version whose notes name the 
 from collections.abc import Mapping
 from typing import Any
 
-from ...errors import UnknownName
+from ...errors import StoreError, UnknownName
 from ...store import Store
 from .jobs import Job
 from .learning import Learning
@@ -37,7 +37,11 @@ def settle(learning: Learning, job: Job, entry: Entry, result: Mapping[str, Any]
 def version_of(store: Store, job: Job) -> int | None:
     """The version that this job made; None where it made none. A rollback's copy has a greater number."""
     try:
-        return next((v.number for v in store.versions(job.name) if v.notes.get(NOTE) == job.id), None)
+        try:
+            versions = store.versions(job.name)
+        except StoreError:  # an earlier one is damaged; what a crash left unmarked is the current one
+            versions = [store.latest(job.name)]
+        return next((v.number for v in versions if v.notes.get(NOTE) == job.id), None)
     except UnknownName:
         return None
 

@@ -33,7 +33,7 @@ class Records:
         self.root = Path(root)
         self._files = LocalFiles(self.root)
         try:
-            for folder in ("locks", "tmp"):
+            for folder in ("", "locks", "tmp"):
                 (self.root / folder).mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError as e:
             raise ConfigError(f"can't make the state folder {self.root}: {e.strerror or e}.") from e

@@ -21,6 +21,10 @@ from .tenants import Tenant
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
+class _TakesNothing(Exception):
+    """A client that keeps its connection and reads nothing: the engine works for others."""
+
+
 class Relay(Response):
     """Asks the engine while it is sent; a client that leaves takes the engine's request with it.
 
@@ -29,11 +33,11 @@ class Relay(Response):
 
     def __init__(
         self, tenant: Tenant, path: str, called: str, body: dict[str, Any], *, tokens: int, usage: bool, max_tokens: int,
-        names: Names, client: EngineClient, limits: Limits, metrics: Metrics, base_name: str | None,
+        taking_seconds: float, names: Names, client: EngineClient, limits: Limits, metrics: Metrics, base_name: str | None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.tenant, self.path, self.called, self.payload, self.tokens, self.usage = tenant, path, called, body, tokens, usage
-        self.max_tokens, self.base_name = max_tokens, base_name
+        self.max_tokens, self.taking_seconds, self.base_name = max_tokens, taking_seconds, base_name
         self.names, self.client, self.limits, self.metrics = names, client, limits, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -45,6 +49,8 @@ class Relay(Response):
                 work.result()
             else:
                 self.metrics.disconnects.inc()
+        except _TakesNothing:
+            self.metrics.disconnects.inc()
         finally:
             for task in (work, left):
                 task.cancel()
@@ -56,7 +62,11 @@ class Relay(Response):
         async def noted(message: Any) -> None:
             nonlocal began
             began = True
-            await send(message)
+            try:
+                async with asyncio.timeout(self.taking_seconds):
+                    await send(message)  # waits while the connection is full
+            except TimeoutError:
+                raise _TakesNothing from None
 
         try:
             async with self.limits.enter(self.tenant, self.tokens) as ticket:

@@ -3,7 +3,7 @@
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, File, Form, Query, UploadFile
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 
 from .auth import Caller
 from .errors import json_response
@@ -53,9 +53,11 @@ def get_file(file_id: str, tenant: Caller, here: Here) -> Response:
 @router.get("/v1/files/{file_id}/content", responses=ERRORS)
 def get_content(file_id: str, tenant: Caller, here: Here) -> Response:
     """Its bytes as they came."""
-    content = here.uploads.content(here.uploads.get(tenant, file_id))
+    upload = here.uploads.get(tenant, file_id)
+    content = here.uploads.content(upload)
     # Never as a page: a browser that is sent here must not run what somebody uploaded.
-    return Response(content, media_type="application/octet-stream", headers={"X-Content-Type-Options": "nosniff"})
+    headers = {"X-Content-Type-Options": "nosniff", "Content-Length": str(upload.bytes)}
+    return StreamingResponse(content, media_type="application/octet-stream", headers=headers)
 
 
 @router.delete("/v1/files/{file_id}", responses=ERRORS)

@@ -62,6 +62,7 @@ def _relay(here: Gateway, tenant: Caller, path: str, request: BaseModel) -> Rela
     return Relay(
         tenant, path, called, body,
         tokens=at_most(body) // CHARACTERS_A_TOKEN + answer, usage=asks_usage, max_tokens=here.settings.max_tokens,
+        taking_seconds=here.settings.taking_seconds,
         names=here.names, client=here.client, limits=here.limits, metrics=here.metrics, base_name=here.settings.base_name,
     )  # fmt: skip
 

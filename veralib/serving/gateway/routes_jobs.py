@@ -5,7 +5,7 @@ import time
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import Field, StringConstraints
 from starlette.responses import Response
 
 from ..names import is_name
@@ -15,6 +15,7 @@ from .jobs import Job
 from .learning import Here, Learning
 from .paging import new_id, page
 from .routes_files import ERRORS
+from .schemas import Few, Strict
 from .tenants import Tenant
 
 router = APIRouter(tags=["fine-tuning"])
@@ -22,11 +23,7 @@ Text = Annotated[str, StringConstraints(strict=True, max_length=256)]
 Auto = Literal["auto"]
 
 
-class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
-
-
-class Hyperparameters(_Body):
+class Hyperparameters(Strict):
     """ "auto": the gateway's own."""
 
     n_epochs: Auto | Annotated[int, Field(strict=True, ge=1, le=100)] = "auto"
@@ -34,20 +31,20 @@ class Hyperparameters(_Body):
     learning_rate_multiplier: Auto | Annotated[float, Field(strict=True, gt=0, le=1000, allow_inf_nan=False)] = "auto"
 
 
-class Supervised(_Body):
+class Supervised(Strict):
     """The only method there is."""
 
     hyperparameters: Hyperparameters | None = None
 
 
-class Method(_Body):
+class Method(Strict):
     """OpenAI's form since 2024; hyperparameters at the top is the older one."""
 
     type: Literal["supervised"]
     supervised: Supervised | None = None
 
 
-class JobRequest(_Body):
+class JobRequest(Strict):
     """What client.fine_tuning.jobs.create sends."""
 
     model: Text = Field(description="The base model's name, or that of an adapter of one's own to go on from.")
@@ -60,7 +57,7 @@ class JobRequest(_Body):
     method: Method | None = None
     hyperparameters: Hyperparameters | None = None
     integrations: Annotated[list[Any], Field(max_length=0)] | None = Field(None, description="There are none.")
-    metadata: Annotated[dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)] | None = None  # noqa: E501  # fmt: skip
+    metadata: Annotated[dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16), Few] | None = None  # noqa: E501  # fmt: skip
 
 
 @router.post("/v1/fine_tuning/jobs", responses=ERRORS)
@@ -138,7 +135,12 @@ def list_jobs(
     limit: Annotated[int, Query(ge=1, le=1000)] = 20,
 ) -> Response:
     """One's own jobs, the newest first."""
-    return json_response(page(here.jobs.of_tenant(tenant), lambda job: job.id, here.jobs.to_openai, after, limit))
+
+    def shown_job(where: tuple[str, str]) -> dict[str, Any] | None:
+        job = here.jobs.find(*where)
+        return None if job is None else here.jobs.to_openai(job)
+
+    return json_response(page(here.jobs.of_tenant(tenant), lambda where: where[1], shown_job, after, limit))
 
 
 @router.get("/v1/fine_tuning/jobs/{job_id}", responses=ERRORS)

@@ -1,20 +1,24 @@
 """/v1/models: the base model and one's own adapters, their versions, rollback, deletion, loading."""
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
-from fastapi import APIRouter, Depends, Query, Request
+from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
 from ...errors import StoreError, UnknownName
 from .auth import Caller
 from .errors import ApiError, json_response
+from .learning import Here as Learns
+from .learning import Learning
 from .routes_generate import ERRORS
 from .schemas import AdapterRequest, RollbackRequest
-from .state import Gateway, Here, limited
+from .state import Gateway, Here
 
-router = APIRouter(tags=["models"], dependencies=[Depends(limited)])
+T = TypeVar("T")
+router = APIRouter(tags=["models"])
 
 
 @router.get("/v1/models", responses=ERRORS)
@@ -47,13 +51,18 @@ async def list_versions(name: str, tenant: Caller, here: Here) -> Response:
 
 
 @router.post("/v1/models/{name}/rollback", responses=ERRORS)
-async def roll_back(name: str, body: RollbackRequest, tenant: Caller, here: Here) -> Response:
+async def roll_back(name: str, body: RollbackRequest, tenant: Caller, here: Here, learning: Learns) -> Response:
     """Makes an earlier version the current one, as a new version; the next request is answered by it."""
-    found = await here.names.of_owner(tenant, name, here.store.versions)
-    if body.version not in {v.number for v in found}:
+    if not here.names.owned(tenant, name):
+        raise await here.names.unknown(tenant, name)
+    try:  # that one record alone is read: the current one may be damaged, which is when this is called
+        number = await here.names.ask(_alone, learning, name, here.store.rollback, name, body.version)
+    except UnknownName:
+        found = await here.names.of_owner(tenant, name, here.store.versions)
         known = ", ".join(str(v.number) for v in found[-20:])
-        raise ApiError(404, f"There is no version {body.version}. Known: {known}.", code="version_not_found", param="version")
-    number = await here.names.of_owner(tenant, name, here.store.rollback, body.version)
+        raise ApiError(
+            404, f"There is no version {body.version}. Known: {known}.", code="version_not_found", param="version"
+        ) from None
     return json_response({"id": name, "object": "model", "version": number, "rolled_back_to": body.version})
 
 
@@ -68,7 +77,7 @@ async def get_model(name: str, tenant: Caller, here: Here) -> Response:
 
 
 @router.delete("/v1/models/{name:path}", responses=ERRORS)
-async def delete_model(name: str, request: Request, tenant: Caller, here: Here) -> Response:
+async def delete_model(name: str, request: Request, tenant: Caller, here: Here, learning: Learns) -> Response:
     """Removes an adapter: all versions, what the engine holds of it, and its files and jobs. The answer lists what went."""
     if name == (await here.base())[0]:
         raise ApiError(403, "The base model can't be deleted.", code="base_model")
@@ -78,15 +87,16 @@ async def delete_model(name: str, request: Request, tenant: Caller, here: Here) 
     for hook in request.app.state.on_delete:  # first: a job that still ran would put a new version
         for what, count in (await hook(name)).items():
             removed[what] = removed.get(what, 0) + count
-    versions = await _forget_versions(here, name)
+    versions = await _forget_versions(here, learning, name)
     if not versions and not removed:  # files and jobs may be there before the first version is
         raise await here.names.unknown(tenant, name)
     removed["versions"] = versions
-    here.deletions.note(name)
     try:
         removed["loaded"] = await here.client.forget(name)
-    except ApiError:  # an engine that is away has nothing in memory
+        here.deletions.note(name)
+    except ApiError:  # an engine that is away has nothing in memory; one that is too busy to answer is asked again
         removed["loaded"] = 0
+        here.deletions.note(name, done=False)
     return json_response({"id": name, "object": "model", "deleted": True, "removed": removed})
 
 
@@ -109,7 +119,14 @@ async def unload_adapter(body: AdapterRequest, tenant: Caller, here: Here) -> Re
     return json_response({"id": body.lora_name, "object": "model", "unloaded": await here.client.forget(body.lora_name)})
 
 
-async def _forget_versions(here: Gateway, name: str) -> int:
+def _alone(learning: Learning, name: str, call: Callable[..., T], *arguments: Any) -> T:
+    """call(…) while nobody else, here or at another gateway, makes a version of this adapter live: a promotion compares with what
+    is live before it puts, and a rollback copies what a deletion may just remove."""
+    with learning.records.lock(name):
+        return call(*arguments)
+
+
+async def _forget_versions(here: Gateway, learning: Learning, name: str) -> int:
     """Deletes an adapter from the store; how many versions there were."""
     try:
         versions = len(await here.names.ask(here.store.versions, name))
@@ -118,7 +135,7 @@ async def _forget_versions(here: Gateway, name: str) -> int:
     except StoreError:  # what is damaged can be deleted too
         versions = 1
     with contextlib.suppress(UnknownName):  # somebody else was faster
-        await here.names.ask(here.store.delete, name)
+        await here.names.ask(_alone, learning, name, here.store.delete, name)
     return versions
 
 

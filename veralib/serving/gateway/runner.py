@@ -15,6 +15,7 @@ import time
 from dataclasses import replace
 from typing import Any
 
+from ...errors import StoreError
 from ...store import Store, open_store
 from . import training
 from .deletion import drop
@@ -26,6 +27,8 @@ from .runs import Entry, Run, Runs
 LOG = logging.getLogger("veralib.gateway")
 POLL_SECONDS = 0.5
 BACKOFF_SECONDS = 2.0
+PUT_OFF_SECONDS = 30.0
+"""For which a run that failed on the gateway's side lets all others go first."""
 
 
 class Runner:
@@ -36,6 +39,7 @@ class Runner:
         self.id = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
         self._ending = threading.Event()
         self._thread: threading.Thread | None = None
+        self._put_off: dict[str, float] = {}
 
     def start(self) -> None:
         """Returns at once."""
@@ -64,11 +68,13 @@ class Runner:
     def step(self) -> bool:
         """Takes up one run and carries it to its end; False where there is none to take."""
         self.runs.gather()
+        self._put_off = {run: until for run, until in self._put_off.items() if until > time.monotonic()}
         for run in self.runs.all():
-            if self._claim(run):
+            if run.id not in self._put_off and self._claim(run):
                 try:
                     _Carrying(self, run).to_its_end()
                 except Exception:
+                    self._put_off[run.id] = time.monotonic() + PUT_OFF_SECONDS
                     self._count_failure(run)
                     raise
                 finally:
@@ -92,6 +98,8 @@ class _Carrying:
         self.runner, self.runs, self.learning, self.run = runner, runner.runs, runner.learning, run
         self.folder = self.runs.path(run)
         self.settled: set[str] = set()
+        self.again: dict[str, tuple[int, float]] = {}
+        """Jobs whose version the store didn't take: how often, and when it is asked again."""
         self.shown = len(_lines(self.folder / "fleet/progress-0.jsonl"))
         self.process: subprocess.Popen | None = None
         self.renewed = time.monotonic()
@@ -108,6 +116,10 @@ class _Carrying:
                 self._watch()
                 continue
             self._collect()
+            if self.again:
+                self._renew()
+                self.runner._ending.wait(min(POLL_SECONDS, BACKOFF_SECONDS))
+                continue
             if (self.folder / "fleet/fleet.json").exists():
                 self._finish(json.loads((self.folder / "fleet/fleet.json").read_text(encoding="utf-8"))["unusable"])
                 continue
@@ -142,12 +154,32 @@ class _Carrying:
             if entry is None or entry.job in self.settled:
                 continue
             job = self.runs.job(entry)
-            if job is not None:
-                if self._staged is None:
-                    self._staged = open_store(self.folder / "fleet/store")
-                settle(self.learning, job, entry, line, self._staged)
-            self.settled.add(entry.job)
+            if job is None or self._settle(job, entry, line):
+                self.settled.add(entry.job)
+                self.again.pop(entry.job, None)
             self._renew()
+
+    def _settle(self, job: Job, entry: Entry, line: dict[str, Any]) -> bool:
+        """Whether the job has ended. A store that fails is asked again a few times; then this job fails, and no other."""
+        tries, at = self.again.get(job.id, (0, 0.0))
+        if time.monotonic() < at:
+            return False
+        try:
+            if self._staged is None:
+                self._staged = open_store(self.folder / "fleet/store")
+            settle(self.learning, job, entry, line, self._staged)
+            return True
+        except StoreError as e:
+            tries += 1
+            LOG.warning("jobs: the version that %s made can't be put, try %d: %s", job.id, tries, e)
+        if tries < self.learning.settings.attempts:
+            self.again[job.id] = tries, time.monotonic() + BACKOFF_SECONDS * 2**tries
+            return False
+        why = "The store doesn't take its version. The gateway's log says why; create the job again."
+        with self.learning.records.lock(job.name):
+            if not self.learning.jobs.has_ended(job):
+                self.learning.jobs.end(job, "failed", why, "not_stored")
+        return True
 
     def _renew(self) -> None:
         if time.monotonic() - self.renewed < self.learning.settings.lease_seconds / 4:

@@ -19,7 +19,7 @@ from ...adapter import Adapter
 from ...config import VeraConfig
 from ...errors import StoreError, UnknownName
 from ...store import open_store
-from .errors import ApiError
+from .errors import LOG, ApiError
 from .jobs import Job
 from .learning import Learning, LearningSettings
 from .paging import new_id, seconds_since
@@ -157,6 +157,8 @@ class Runs:
             served, version = repr(store.stamp(job.name)), store.current(job.name)
         except UnknownName:
             served, version = None, None
+        except StoreError as e:
+            raise _damaged(job, job.name, e) from None
         source = job.start or (job.name if served is not None else None)
         if source is None:
             if job.model != self.learning.settings.base_name:
@@ -167,7 +169,7 @@ class Runs:
         except UnknownName:
             raise _Unfit(f'There is no model "{source}" any more.', "model_not_found") from None
         except StoreError as e:
-            raise _Unfit(f'"{source}" can\'t be read: {e}', "adapter_damaged") from None
+            raise _damaged(job, source, e) from None
         if start.biases or start.modules:
             raise _Unfit(f'"{source}" has layers trained in full, or biases; jobs train d and b alone.', "adapter_unfit")
         return start, served, version
@@ -199,6 +201,11 @@ class _Unfit(Exception):
     def __init__(self, message: str, code: str) -> None:
         super().__init__(message)
         self.code = code
+
+
+def _damaged(job: Job, name: str, e: StoreError) -> _Unfit:
+    LOG.warning("jobs: %s can't go on from %s: %s", job.id, name, e)  # the paths in it are no client's business
+    return _Unfit(f'"{name}" can\'t be read from the store.', "adapter_damaged")
 
 
 def _group(job: Job, config: VeraConfig) -> tuple:

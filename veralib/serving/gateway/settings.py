@@ -47,6 +47,7 @@ class GatewaySettings(BaseModel):
     max_body_bytes: int = Field(4 * 2**20, gt=0, description="Bytes of a request's body; more: 413.")
     max_upload_bytes: int = Field(100 * 2**20, gt=0, description="Bytes of an uploaded file; more: 413.")
     body_seconds: float = Field(60.0, gt=0, description="How long a client may take to send a body; then 408.")
+    taking_seconds: float = Field(60.0, gt=0, description="How long a client may read nothing of a stream; then it is cut off.")
     max_tokens: int = Field(4096, gt=0, description="Tokens that a request may ask for; more: 400.")
     max_choices: int = Field(16, gt=0, description="Answers of a request, prompts × n; more: 400.")
     max_stop: int = Field(4, ge=0, description="Stop sequences of a request; more: 400.")

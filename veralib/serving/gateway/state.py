@@ -1,13 +1,11 @@
 """Gateway: what the routes share. One for an application, at app.state.gateway."""
 
-from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Annotated
 
 from fastapi import Depends, Request
 
 from ...store import Store
-from .auth import Caller
 from .client import EngineClient
 from .deletions import Deletions
 from .engine import Engine
@@ -51,9 +49,3 @@ def gateway_of(request: Request) -> Gateway:
 
 
 Here = Annotated[Gateway, Depends(gateway_of)]
-
-
-async def limited(tenant: Caller, here: Here) -> AsyncIterator[None]:
-    """A dependency: the request counts towards its key's rate and concurrency. Generating requests do by themselves."""
-    async with here.limits.enter(tenant, 0):
-        yield
