@@ -267,6 +267,19 @@ def test_a_stream_is_cancelled_by_leaving_it(engine):
     assert all(e.pins == 0 for e in engine.residents.entries.values())
 
 
+def test_an_adapter_unloaded_while_it_answers_can_be_asked_for_again(engine, adapters):
+    residents = engine.residents
+    name = residents.pin("a")
+    try:
+        assert residents.forget(name)
+        assert residents.pin("a") == name  # not "there is an adapter already"
+        residents.release(name)
+    finally:
+        residents.release(name)
+    engine.loop.between_steps(lambda: None).result()
+    assert name in residents.names
+
+
 def test_a_slow_disk_stops_nobody_else(engine, store, monkeypatch):
     """An adapter that takes half a second to read: another's tokens go on meanwhile."""
     engine.residents.forget(engine_name(store, "d"))

@@ -75,3 +75,17 @@ def test_growth_is_told_for_each_process_alone():
         {"after_a_third": 102, "at_the_end": 105, "most": 105},
         {"after_a_third": 50, "at_the_end": 50, "most": 50},
     ]
+
+
+@pytest.mark.slow
+def test_a_short_soak_has_no_wrong_answer(tmp_path):
+    """Half a minute of what `python -m benchmarks.soak` does for half an hour, the two kills included."""
+    pytest.importorskip("fastapi")
+    pytest.importorskip("psutil")
+    from benchmarks import soak
+
+    found = soak.main(["--minutes", "0.5", "--clients", "6", "--adapters", "60", "--results", str(tmp_path)])
+    assert found["wrong"] == 0 and found["right"] > 20 and found["unlike_the_base"] > 0.5
+    assert len(found["down_seconds"]) == 2 and found["changes"]["updates"] > 5
+    page = (tmp_path / "soak-embedded.md").read_text()
+    assert "| **0** |" in page and str(tmp_path) not in page

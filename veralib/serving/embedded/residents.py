@@ -108,7 +108,8 @@ class Residents:
         while True:
             with self._lock:
                 entry = self.entries.get(name)
-                if entry is not None and not entry.doomed:
+                if entry is not None:
+                    entry.doomed = False  # it was unloaded a moment ago, and is the current version all the same
                     entry.pins += 1
                     self._hits += 1
                     self.entries.move_to_end(name)
