@@ -451,3 +451,34 @@ def test_a_cache_never_serves_a_deleted_adapter(place):
     store.put("ann", filled(adapter, 2.0))
     assert store.current("ann") == 1  # again
     assert next(iter(cache.get("ann").vectors.values()))[0][0] == 2.0
+
+
+@pytest.mark.parametrize("name", ["ann", "A" * 60])
+def test_what_goes_while_it_is_listed_is_no_error(tmp_path, monkeypatch, name):
+    """With `keep`, a put removes the version that somebody is about to read; the name of a long one is in its record alone."""
+    store = open_store(tmp_path, keep=1)
+    store.put(name, trained())
+    read, gone = store.files.read, []
+
+    def late(path):
+        if not gone:
+            gone.append(path)
+            store.delete(name)
+        return read(path)
+
+    monkeypatch.setattr(store.files, "read", late)
+    if name == "ann":
+        with pytest.raises(UnknownName):
+            store.versions(name)
+    else:
+        assert list(store.names()) == []
+    assert len(gone) == 1
+
+
+def test_a_long_name_is_read_from_an_earlier_version_where_the_newest_is_damaged(tmp_path):
+    store = open_store(tmp_path)
+    for _ in range(2):
+        store.put("A" * 60, trained())
+    newest = max(tmp_path.glob("adapters/*/*/*.vera"))
+    newest.write_bytes(newest.read_bytes()[:-1])
+    assert list(store.names()) == ["A" * 60]

@@ -13,6 +13,7 @@ import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+from ..errors import StoreError
 from .base import Store, Version
 from .codec import Configuration, Precision
 from .files import Files
@@ -49,9 +50,14 @@ class FolderStore(Store):
     def versions(self, name: str) -> list[Version]:
         out = []
         for file in self._files_of(name):
-            data = self.files.read(f"{self._folder(name)}/{file}")
+            try:
+                data = self.files.read(f"{self._folder(name)}/{file}")
+            except FileNotFoundError:  # it went since the look, as a newer one came or all were deleted
+                continue
             record = parse(data, f'adapter "{name}"')
             out.append(Version(_number(file), record.milliseconds, len(data), record.notes))
+        if not out:
+            raise self._unknown(name)
         return out
 
     def current(self, name: str) -> int:
@@ -78,9 +84,23 @@ class FolderStore(Store):
         if not files:
             return None  # deleted meanwhile, or about to be written
         if "~" in key:  # cut: the record knows the whole name
-            return parse(self.files.read(f"adapters/{shard}/{key}/{max(files)}"), key).name
+            return self._name_within(f"adapters/{shard}/{key}", files)
         raw = _ESCAPED.sub(lambda m: chr(int(m[1], 16)), key)
         return decoded(raw.encode("latin-1"))
+
+    def _name_within(self, folder: str, files: list[str]) -> str | None:
+        """The name that the newest readable record has; None where all went since the look. StoreError where none can be read."""
+        damaged: StoreError | None = None
+        for file in sorted(files, reverse=True):
+            try:
+                return parse(self.files.read(f"{folder}/{file}"), folder).name
+            except FileNotFoundError:
+                continue
+            except StoreError as e:
+                damaged = e
+        if damaged is not None:
+            raise damaged
+        return None
 
     def _write(self, records: Sequence[Record]) -> list[int]:
         numbers = []

@@ -64,7 +64,12 @@ def test_a_rollback_does_not_bring_back_what_is_deleted_meanwhile(world, monkeyp
 def test_an_answer_waits_for_nobodys_list(world, monkeypatch):
     url = world.gateway()
     store, free = world.apps[0].state.gateway.store, threading.Event()
-    monkeypatch.setattr(store, "page", lambda *_: [str(free.wait(20))][1:])
+
+    def page(*_):
+        free.wait(20)
+        return []
+
+    monkeypatch.setattr(store, "page", page)
     with ThreadPoolExecutor(12) as threads:
         lists = [threads.submit(world.http(url, "globex").get, "/v1/models") for _ in range(12)]
         time.sleep(0.3)

@@ -18,6 +18,7 @@ from tests.serving.gateway.workplace import BASE, Workplace, chats, make_adapter
 from veralib import StoreError
 from veralib.serving.gateway import promotion, runner, training
 from veralib.serving.gateway.deletion import delete_owner
+from veralib.serving.gateway.records import RecordError, Records
 from veralib.serving.gateway.runs import Entry, Runs
 from veralib.store import open_store
 from veralib.store.names import key_of
@@ -217,6 +218,70 @@ def test_a_run_that_fails_on_the_gateways_side_lets_others_go_first(tmp_path, ad
     carried = []
     monkeypatch.setattr(runner._Carrying, "to_its_end", lambda self: carried.append(self.run.entries[0].job))
     assert bad.worker.step() and carried == [good.id]
+
+
+def test_a_full_disk_of_the_state_folder_fails_no_job_whose_version_is_live(tmp_path, adapter, monkeypatch):
+    place = Workplace(tmp_path, attempts=1)
+    carried, add_line = Carried(place, adapter), Records.add_line
+    monkeypatch.setattr(runner, "PUT_OFF_SECONDS", 0.0)
+
+    def full(self, path, *given, **more):
+        with monkeypatch.context() as m:
+            m.setattr(Records, "_ends_in_newline", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+            add_line(self, path, *given, **more)
+
+    with monkeypatch.context() as m:
+        m.setattr(Records, "add_line", full)
+        with pytest.raises(RecordError, match="No space left"):
+            place.work()
+        assert place.store.current("acme:ann") == 1
+        answer = place.http().post(f"/v1/fine_tuning/jobs/{carried.jobs[1]}/cancel")
+        assert answer.status_code == 503 and answer.json()["error"]["code"] == "state_unavailable"
+        assert str(tmp_path) not in answer.text
+    Runs(place.learning).write(replace(carried.run, attempts=0))
+    place.work()
+    assert carried.status(place) == ["succeeded"] * 2 and place.store.current("acme:ann") == 1
+
+
+def test_a_lease_is_held_while_the_process_is_stopped(tmp_path, adapter, monkeypatch):
+    """Stopping and taking out take longer than a lease lasts."""
+    place = Workplace(tmp_path, lease_seconds=0.2)
+    carried, others = Carried(place, adapter), []
+
+    def slow(*_):
+        time.sleep(0.5)
+        others.append(place.runner()._claim(carried.run))
+        return True
+
+    monkeypatch.setattr(training, "stop", slow)
+    place.learning.jobs.forget(place.learning.jobs.find("acme=3a", carried.jobs[0]))
+    place.work()
+    assert others == [False] * 2
+    assert place.openai().fine_tuning.jobs.retrieve(carried.jobs[1]).status == "succeeded"
+
+
+def test_a_process_that_begins_is_not_taken_for_an_earlier_one(tmp_path, monkeypatch):
+    """Killed before the new pid is written, the old one would be what a stop kills."""
+    (tmp_path / "process.json").write_text('{"pid": 1, "host": "x"}')
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training.subprocess, "Popen", killed)
+    with pytest.raises(KeyboardInterrupt):
+        training.start(tmp_path, Workplace(tmp_path / "place").settings)
+    assert not (tmp_path / "process.json").exists()
+
+
+def test_sweeping_goes_on_while_the_gateway_runs(tmp_path, monkeypatch):
+    place, swept = Workplace(tmp_path), []
+    monkeypatch.setattr(runner, "SWEEP_SECONDS", 0.0)
+    monkeypatch.setattr(runner, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(place.learning.uploads, "sweep", lambda: swept.append(1))
+    worker = place.runner()
+    worker.start()
+    wait(lambda: len(swept) > 2)
+    worker.stop()
 
 
 # Crashes

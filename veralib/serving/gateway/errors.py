@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ...errors import StoreError
+from .records import RecordError
 
 LOG = logging.getLogger("veralib.gateway")
 SHOWN = 300
@@ -72,6 +73,9 @@ def install(app: FastAPI) -> None:
 
     async def store(request: Request, e: Exception) -> Response:
         LOG.warning("%s %s: %s", request.method, request.url.path[:SHOWN], e)
+        if isinstance(e, RecordError):
+            message = "The gateway can't use its own records now; its log says why. Try again in 30 seconds."
+            return error_response(ApiError(503, message, code="state_unavailable", headers={"Retry-After": "30"}))
         return error_response(ApiError(422, "The adapter can't be read from the store.", code="adapter_damaged"))
 
     async def unforeseen(_: Request, e: Exception) -> Response:

@@ -26,8 +26,25 @@ STALE_SECONDS = 3600.0
 """A temporary file so old belongs to nobody any more."""
 
 
+class RecordError(StoreError):
+    """The state folder, not an adapter: it can't be written or read, or a record in it is damaged."""
+
+
+@contextlib.contextmanager
+def _telling(what: object) -> Iterator[None]:
+    """FileNotFoundError comes through."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except StoreError as e:
+        raise RecordError(str(e)) from e
+    except OSError as e:
+        raise RecordError(f"can't use {what}: {e.strerror or e}.") from e
+
+
 class Records:
-    """The folder. Paths are relative to it, with "/"."""
+    """The folder. RecordError where something in it can't be read or written. Paths are relative to it, with "/"."""
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self.root = Path(root)
@@ -39,17 +56,19 @@ class Records:
             raise ConfigError(f"can't make the state folder {self.root}: {e.strerror or e}.") from e
 
     def read(self, path: str) -> dict[str, Any] | None:
-        """A record, or None where there is none. StoreError where it can't be read."""
+        """A record, or None where there is none."""
         try:
-            return json.loads(self._files.read(path))
+            with _telling(path):
+                return json.loads(self._files.read(path))
         except FileNotFoundError:
             return None
         except ValueError as e:
-            raise StoreError(f"{self.root / path} holds no JSON: {e}. Restore it from a backup, or remove it.") from e
+            raise RecordError(f"{self.root / path} holds no JSON: {e}. Restore it from a backup, or remove it.") from e
 
     def write(self, path: str, record: Any) -> None:
         """On the disk when it returns."""
-        self._files.write(path, json.dumps(record, indent=1).encode() + b"\n")
+        with _telling(path):
+            self._files.write(path, json.dumps(record, indent=1).encode() + b"\n")
 
     def write_chunks(self, path: str, chunks: Iterable[bytes]) -> int:
         """A file of any length, whole and on the disk when it returns, or not there where `chunks` raises; its bytes."""
@@ -63,14 +82,14 @@ class Records:
             (self.root / path).parent.mkdir(parents=True, exist_ok=True)
             os.replace(temporary, self.root / path)
         except OSError as e:
-            raise StoreError(f"can't write {self.root / path}: {e.strerror or e}.") from e
+            raise RecordError(f"can't write {self.root / path}: {e.strerror or e}.") from e
         finally:
             temporary.unlink(missing_ok=True)
         return count
 
     def add_line(self, path: str, record: Any, sync: bool = True) -> None:
         """One more line of a log; nothing where its folder is gone. A line that a crash cut is passed over by lines()."""
-        with contextlib.suppress(FileNotFoundError), open(self.root / path, "ab") as f:
+        with contextlib.suppress(FileNotFoundError), _telling(path), open(self.root / path, "ab") as f:
             f.write(b"\n" * bool(f.tell() and not self._ends_in_newline(path)) + json.dumps(record).encode() + b"\n")
             if sync:
                 f.flush()
@@ -96,7 +115,8 @@ class Records:
 
     def remove(self, path: str) -> None:
         """A file, or a folder with all in it, gone for every reader at once; fine where it is gone already."""
-        self._files.remove(path)
+        with _telling(path):
+            self._files.remove(path)
 
     def path(self, path: str) -> Path:
         """Where something lies on the disk."""

@@ -22,11 +22,15 @@ from .deletion import drop
 from .jobs import Job
 from .learning import Learning
 from .promotion import settle
+from .records import RecordError
 from .runs import Entry, Run, Runs
 
 LOG = logging.getLogger("veralib.gateway")
 POLL_SECONDS = 0.5
 BACKOFF_SECONDS = 2.0
+SWEEP_SECONDS = 3600.0
+FORGET_SECONDS = 60.0
+"""That taking one owner out of a run may last: a process that imports torch."""
 PUT_OFF_SECONDS = 30.0
 """For which a run that failed on the gateway's side lets all others go first."""
 
@@ -53,10 +57,13 @@ class Runner:
             self._thread.join()
 
     def _work(self) -> None:
-        self.learning.records.sweep()
-        self.learning.uploads.sweep()
+        swept = -SWEEP_SECONDS
         while not self._ending.is_set():
             try:
+                if time.monotonic() - swept >= SWEEP_SECONDS:
+                    swept = time.monotonic()
+                    self.learning.records.sweep()
+                    self.learning.uploads.sweep()
                 worked = self.step()
             except Exception:  # one bad run or a full disk must not end what trains for everybody
                 LOG.exception("jobs: a run failed on the gateway's side; it is tried again")
@@ -82,12 +89,13 @@ class Runner:
                 return True
         return False
 
-    def _claim(self, run: Run) -> bool:
-        return self.learning.records.claim(run.lease, self.id, self.learning.settings.lease_seconds)
+    def _claim(self, run: Run, seconds: float = 0.0) -> bool:
+        """seconds: how long it won't be renewed."""
+        return self.learning.records.claim(run.lease, self.id, self.learning.settings.lease_seconds + seconds)
 
     def _count_failure(self, run: Run) -> None:
         now = self.runs.read(run.id)
-        if now is not None and not training.is_alive(self.runs.path(run)):
+        if now is not None and not training.is_alive(self.runs.path(run)) and self._claim(run):
             self.runs.write(replace(now, attempts=now.attempts + 1))
 
 
@@ -109,7 +117,7 @@ class _Carrying:
         """Returns when all its jobs have ended and its folder is gone, or when the runner is to end."""
         while not self.runner._ending.is_set():
             if not self._drop_deleted() or not self._open_jobs():
-                training.stop(self.folder, self.process)
+                self._stop()
                 self.runs.remove(self.run)
                 return
             if training.is_alive(self.folder):
@@ -128,12 +136,14 @@ class _Carrying:
                 self.run = replace(self.run, attempts=self.run.attempts + 1)
                 self.runs.write(self.run)
                 self.process = None
-                self.runner._ending.wait(BACKOFF_SECONDS * 2 ** min(self.run.attempts, 5))
+                pause = BACKOFF_SECONDS * 2 ** min(self.run.attempts, 5)
+                self._hold(pause)
+                self.runner._ending.wait(pause)
             if self.run.attempts >= self.learning.settings.attempts:
                 self._finish({})
             elif not self.runner._ending.is_set():
                 self.process = training.start(self.folder, self.learning.settings)
-        training.stop(self.folder, self.process)  # it saves where it stands; whoever takes the run up collects what had ended
+        self._stop()  # it saves where it stands; whoever takes the run up collects what had ended
 
     def _watch(self) -> None:
         """While the process trains: what ends is settled at once, what was deleted is dropped, the lease is renewed."""
@@ -169,6 +179,8 @@ class _Carrying:
                 self._staged = open_store(self.folder / "fleet/store")
             settle(self.learning, job, entry, line, self._staged)
             return True
+        except RecordError:  # the state folder fails: the version may be live, and only its job not marked
+            raise
         except StoreError as e:
             tries += 1
             LOG.warning("jobs: the version that %s made can't be put, try %d: %s", job.id, tries, e)
@@ -181,10 +193,18 @@ class _Carrying:
                 self.learning.jobs.end(job, "failed", why, "not_stored")
         return True
 
+    def _stop(self) -> bool:
+        """Ends the process; False where it runs on another machine."""
+        self._hold(training.STOP_SECONDS + 10.0)
+        return training.stop(self.folder, self.process)
+
     def _renew(self) -> None:
-        if time.monotonic() - self.renewed < self.learning.settings.lease_seconds / 4:
-            return
-        if not self.runner._claim(self.run):
+        if time.monotonic() - self.renewed >= self.learning.settings.lease_seconds / 4:
+            self._hold()
+
+    def _hold(self, seconds: float = 0.0) -> None:
+        """Renews the lease before what takes so long. RuntimeError where another has it."""
+        if not self.runner._claim(self.run, seconds):
             raise RuntimeError(f"the lease of {self.run.folder} was lost: this gateway stood still for longer than it lasts")
         self.renewed = time.monotonic()
 
@@ -222,12 +242,15 @@ class _Carrying:
     def _drop_deleted(self) -> bool:
         """Stops the process where somebody was deleted, takes out what is theirs; whether anybody is left."""
         if gone := self._deleted():
-            if not training.stop(self.folder, self.process):  # on another machine, whose gateway died
+            if not self._stop():  # on another machine, whose gateway died
                 return True
             self.process = None
             self._collect()  # others may have ended meanwhile
             self._staged = None
-            self.run = drop(self.runs, self.run, gone)
+            for entry in gone:
+                self._hold(FORGET_SECONDS)
+                self.run = drop(self.runs, self.run, [entry])
+            self.renewed = 0.0  # the next renewal makes it short again
         return bool(self.run.entries)
 
     def _log_tail(self) -> str:

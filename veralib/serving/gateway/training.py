@@ -23,6 +23,7 @@ def start(folder: Path, settings: LearningSettings) -> subprocess.Popen:
     gateway that started it dies: so nobody starts a second one beside it."""
     with open(folder / "process.lock", "ab") as lock, open(folder / "log.txt", "ab") as log:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        (folder / "process.json").unlink(missing_ok=True)  # an earlier one's pid may be anybody's by now
         environment = {name: value for name, value in os.environ.items() if name not in SECRETS}
         if settings.threads:
             environment |= {"OMP_NUM_THREADS": str(settings.threads), "MKL_NUM_THREADS": str(settings.threads)}
