@@ -183,7 +183,7 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
 def _tensor_bytes() -> int:
     """Bytes of all live tensors of this process, each storage once."""
     gc.collect()
-    tensors = [o for o in gc.get_objects() if isinstance(o, torch.Tensor) and o.device.type == "cpu"]
+    tensors = [o for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter) and o.device.type == "cpu"]
     return sum({s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors if t.layout == torch.strided)}.values())
 
 
