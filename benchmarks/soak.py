@@ -310,10 +310,10 @@ def render(found: dict[str, Any]) -> str:
         f"{found['slots']}, Zipf {ZIPF}; models/books-4m, rank {RANK}, {TOKENS} tokens. Beside them: {changes}. The engine and "
         "the gateway were each killed once.",
         "",
-        "| answers | right | equally likely tokens | refused rightly | lost while a process was down | wrong |",
-        "|---|---|---|---|---|---|",
+        "| answers | right | equally likely tokens | refused rightly | lost while a process was down | 5xx otherwise | wrong |",
+        "|---|---|---|---|---|---|---|",
         f"| {found['answers']:,} | {found['right']:,} | {found['ties']:,} | {found['refused']:,} | {found['while down']:,} | "
-        f"**{found['wrong']:,}** |",
+        f"{found['unavailable']:,} | **{found['wrong']:,}** |",
         "",
         f"Right: the greedy text of that adapter at a version that was live meanwhile ({100 * found['unlike_the_base']:.0f} % of "
         f"these texts differ from the base's). {found['requests_per_second']:.1f} requests/s; latency p50 "
@@ -322,7 +322,7 @@ def render(found: dict[str, Any]) -> str:
         "",
         f"Memory of each process, after a third of its life → at its end: {memory}.",
         "",
-        *(f"- {line}" for line in found["examples_of_wrong"]),
+        *(f"- {line}" for line in found["examples"]),
     ]
     return "\n".join(lines).rstrip() + "\n"
 

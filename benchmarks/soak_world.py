@@ -132,7 +132,8 @@ class World:
 def judge(world: World, timeline: Timeline, answers: Sequence[Answer], down: Sequence[tuple[float, float]]) -> dict[str, Any]:
     """Every answer against what was right at its time. down: when a process was killed and not yet back.
 
-    wrong: answers that no state which could be met explains. ties: texts that differ where two tokens are as likely.
+    wrong: answers that no state which could be met explains. unavailable: 5xx, or no answer, outside of these times.
+    ties: texts that differ where two tokens are as likely.
     """
     possible = [timeline.possible(a.name, a.began, a.ended) if a.name is not None else {0} for a in answers]
     wanted = {
@@ -147,7 +148,7 @@ def judge(world: World, timeline: Timeline, answers: Sequence[Answer], down: Seq
     for answer, states in zip(answers, possible, strict=True):
         kind = _verdict(answer, states, truth, down)
         counts[kind] += 1
-        if kind == "wrong" and len(wrong) < 20:
+        if kind in ("wrong", "unavailable") and len(wrong) < 20:
             said = {
                 str(s): truth[answer.name, s, answer.prompt][0]
                 for s in states
@@ -159,9 +160,9 @@ def judge(world: World, timeline: Timeline, answers: Sequence[Answer], down: Seq
     own = [truth[k][0] != base[None, 0, k[2]][0] for k in truth if k[0] is not None]
     return {
         "answers": len(answers),
-        **{k: counts[k] for k in ("right", "ties", "refused", "while down", "wrong")},
+        **{k: counts[k] for k in ("right", "ties", "refused", "while down", "unavailable", "wrong")},
         "unlike_the_base": sum(own) / max(1, len(own)),
-        "examples_of_wrong": wrong,
+        "examples": wrong,
     }
 
 
@@ -171,7 +172,9 @@ def _verdict(
     was_down = any(answer.began <= end and answer.ended >= begin for begin, end in down)
     if isinstance(answer.got, int):
         fits = (answer.got == 404 and MISSING in states) or (answer.got == 422 and BROKEN in states)
-        return "refused" if fits else "while down" if was_down and answer.got >= 500 else "wrong"
+        if answer.got >= 500:  # no answer isn't a wrong one, but it is counted where nothing explains it
+            return "while down" if was_down else "unavailable"
+        return "refused" if fits else "wrong"
     tie = False
     for state in states:
         if isinstance(state, int):
