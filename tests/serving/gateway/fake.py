@@ -157,7 +157,7 @@ def serving(app, **options):
     server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", **options))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not server.started and time.monotonic() < deadline:
         time.sleep(0.01)
     assert server.started
@@ -169,7 +169,7 @@ def serving(app, **options):
         assert not thread.is_alive()
 
 
-def wait_until(true, seconds=10.0):
+def wait_until(true, seconds=60.0):
     """Whether it became true in time."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:

@@ -19,7 +19,7 @@ def test_upload_job_answer_and_deletion_through_the_gateway(world, tmp_path):
     client = world.client(url)
     file = client.files.create(file=("cats.jsonl", chats(10)), purpose="fine-tune")
     job = client.fine_tuning.jobs.create(model="tiny", training_file=file.id, suffix="dora")
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 400
     while (job := client.fine_tuning.jobs.retrieve(job.id)).status in ("queued", "running"):
         assert time.monotonic() < deadline
         client.chat.completions.create(model="acme:ann", messages=[{"role": "user", "content": "hi"}], max_tokens=4)  # meanwhile

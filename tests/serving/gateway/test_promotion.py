@@ -308,7 +308,7 @@ def gateway(folder: Path, model: Path):
         process.wait()
 
 
-def wait(condition, seconds: float = 90.0):
+def wait(condition, seconds: float = 400.0):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
