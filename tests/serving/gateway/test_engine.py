@@ -187,3 +187,15 @@ def test_a_stream_is_passed_on_as_it_comes(world):
             if line:
                 times.append(time.monotonic())
     assert len(times) == 6 and times[4] - times[0] > 0.15
+
+
+def test_a_connection_is_given_up_before_an_engine_closes_it():
+    """Both at 5 seconds meet now and then: a request goes into a connection that is being closed, and becomes a 503."""
+    import inspect
+
+    import uvicorn
+
+    from veralib.serving.gateway.client import IDLE_SECONDS
+
+    kept = inspect.signature(uvicorn.Config).parameters["timeout_keep_alive"].default
+    assert kept / 2 >= IDLE_SECONDS

@@ -18,6 +18,8 @@ ENGINE_NAMES = re.compile(rf"{NAME.pattern}@\d{{1,18}}-[0-9a-f]{{12}}")
 ABOUT_SECONDS, LOOK_SECONDS = 30.0, 2.0
 COUNTS = 32
 """Questions for a count of tokens at a time: they come before the queue, and must not take the connections of what runs."""
+IDLE_SECONDS = 2.0
+"""How long an unused connection is kept: engines close theirs after 5, and what is sent at that moment is lost."""
 
 
 class Where(Protocol):
@@ -47,12 +49,14 @@ class EngineClient:
         # trust_env=False: a proxy that is set for downloads isn't for the engine on this machine.
         self._http = httpx2.AsyncClient(
             timeout=httpx2.Timeout(seconds, connect=5.0, pool=5.0),
-            limits=httpx2.Limits(max_connections=connections, max_keepalive_connections=64),
+            limits=httpx2.Limits(max_connections=connections, max_keepalive_connections=64, keepalive_expiry=IDLE_SECONDS),
             trust_env=False,
             headers={"Accept-Encoding": "identity"},
         )
         # Of its own, as a look must not wait behind requests: an engine that doesn't answer it is ended.
-        self._looks = httpx2.AsyncClient(timeout=LOOK_SECONDS, limits=httpx2.Limits(max_connections=2), trust_env=False)
+        self._looks = httpx2.AsyncClient(
+            timeout=LOOK_SECONDS, limits=httpx2.Limits(max_connections=2, keepalive_expiry=IDLE_SECONDS), trust_env=False
+        )
         self._looking: asyncio.Future[bool] | None = None
         self._counting = asyncio.Semaphore(COUNTS)
         self._about: tuple[int, float, About] | None = None
