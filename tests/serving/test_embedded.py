@@ -283,6 +283,7 @@ def test_an_adapter_unloaded_while_it_answers_can_be_asked_for_again(engine, ada
 def test_a_slow_disk_stops_nobody_else(engine, store, monkeypatch):
     """An adapter that takes half a second to read: another's tokens go on meanwhile."""
     engine.residents.forget(engine_name(store, "d"))
+    engine.loop.between_steps(lambda: None).result()  # it is gone now; asked for before that, it would have stayed
     real, reading = store.get, threading.Event()
 
     def slow(*args):
@@ -293,7 +294,7 @@ def test_a_slow_disk_stops_nobody_else(engine, store, monkeypatch):
     monkeypatch.setattr(store, "get", slow)
     thread = threading.Thread(target=engine.generate, args=([PROMPTS[0]], "d", GREEDY))
     thread.start()
-    reading.wait()
+    assert reading.wait(60)
     start = time.perf_counter()
     assert len(engine.generate([PROMPTS[0]], "a", GREEDY)[0].tokens) == 12
     assert time.perf_counter() - start < 0.45 and thread.is_alive()

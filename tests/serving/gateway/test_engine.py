@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -66,10 +67,27 @@ def test_a_child_that_never_starts_is_tried_with_pauses(world, tmp_path):
     assert world.http(url).post("/v1/completions", json=TEXT).status_code == 503
 
 
-def test_a_python_that_is_not_there(world):
+def test_a_python_that_is_not_there(world, caplog):
     url = world.gateway(ready=False, engine_url=None, model="m", engine_python="/nonexistent/python")
     assert world.http(url).post("/v1/completions", json=TEXT).status_code == 503
     assert httpx2.get(f"{url}/health").status_code == 200
+    assert wait_until(lambda: '"/nonexistent/python" is no program' in caplog.text, 10)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent died")
+def test_a_child_dies_with_the_process_that_started_it():
+    """Killed, not ended: nothing of that process's own could still run."""
+    code = (
+        "import subprocess, sys; from veralib.serving.gateway.engine import bound_to_us\n"
+        "child = subprocess.Popen(bound_to_us(['sleep', '600'])); print(child.pid, flush=True); child.wait()"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as parent:
+        child = int(parent.stdout.readline())
+        assert wait_until(lambda: Path(f"/proc/{child}/comm").read_text() == "sleep\n", 30)
+        parent.kill()
+    assert wait_until(
+        lambda: not Path(f"/proc/{child}").exists() or "Z" in Path(f"/proc/{child}/stat").read_text().split()[2], 30
+    )
 
 
 def test_commands():

@@ -2,11 +2,11 @@
 
 import asyncio
 import contextlib
-import ctypes
 import json
 import logging
 import os
 import secrets
+import shutil
 import signal
 import socket
 import sys
@@ -96,19 +96,22 @@ class ChildEngine(Engine):
     async def _run(self, healthy: Callable[[], Awaitable[bool]]) -> None:
         """One life of a child, until it ends or hangs."""
         port = free_port()
+        argv = command(self.settings, port)
+        if shutil.which(argv[0]) is None:
+            LOG.error('can\'t start the engine: "%s" is no program', argv[0])
+            return
         self.log.parent.mkdir(parents=True, exist_ok=True)
         if self.log.is_file() and self.log.stat().st_size > LOG_BYTES:
             os.replace(self.log, self.log.with_suffix(".log.1"))
         with open(self.log, "ab") as log:
             try:
                 self.process = await asyncio.create_subprocess_exec(
-                    *command(self.settings, port),
+                    *bound_to_us(argv),
                     stdin=asyncio.subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
                     env=environment(self.settings, self.key or ""),
                     start_new_session=True,  # Ctrl-C is for the gateway, which lets requests end first
-                    preexec_fn=_die_with_parent if sys.platform == "linux" else None,
                 )
             except OSError as e:
                 LOG.error("can't start the engine: %s", e)
@@ -152,6 +155,25 @@ def make_engine(settings: GatewaySettings, metrics: Metrics) -> Engine:
     return Engine(settings, metrics) if settings.engine_url else ChildEngine(settings, metrics)
 
 
+_BOUND = """
+import ctypes, os, sys
+ctypes.CDLL(None).prctl(1, 15)  # PR_SET_PDEATHSIG, SIGTERM; it outlives exec
+if os.getppid() == int(sys.argv[1]):  # otherwise the parent went before that
+    os.execvp(sys.argv[2], sys.argv[2:])
+"""
+
+
+def bound_to_us(command: list[str]) -> list[str]:
+    """The same command, which the kernel (Linux) sends SIGTERM when this process is gone, however it went.
+
+    The child asks for that itself, in a fresh interpreter: code between fork and exec (preexec_fn) can wait for ever for a lock
+    that another thread of the parent held.
+    """
+    if sys.platform != "linux":
+        return command
+    return [sys.executable, "-ISc", _BOUND, str(os.getpid()), *command]
+
+
 def command(settings: GatewaySettings, port: int) -> list[str]:
     """How the engine is started."""
     if settings.model is None:
@@ -186,8 +208,3 @@ def free_port() -> int:
 
 def _absolute(store: str) -> str:
     return store if "://" in store else str(Path(store).resolve())
-
-
-def _die_with_parent() -> None:
-    """In the child: the kernel sends it SIGTERM when the gateway is gone, however it went."""
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
