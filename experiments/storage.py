@@ -98,7 +98,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(a.model)
     tokenizer.model_max_length = 10**9  # texts are cut later
     model = AutoModelForCausalLM.from_pretrained(a.model, dtype="float32")
-    comparison = Comparison(model, tokenizer, texts.train, texts.held_out, Recipe(), lambda *what: None)
+    comparison = Comparison(model, tokenizer, texts.train, texts.held_out, Recipe(length=64), lambda *what: None)
     comparison.train_own(from_shared=False)
     found: dict[str, dict[str, Any]] = {}
     for precision in PRECISIONS:

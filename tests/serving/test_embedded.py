@@ -4,6 +4,7 @@ import asyncio
 import threading
 import time
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -217,14 +218,15 @@ def test_a_thousand_loads_take_no_more_memory(tmp_path):
             return psutil.Process(os.getpid()).memory_info().rss, len(gc.get_objects())
 
         everyone(1)
-        (bytes_before, objects_before), start = everyone(1), time.perf_counter()
-        bytes_after, objects_after = everyone(4)
+        start = time.perf_counter()
+        held, objects = zip(*(everyone(n) for n in (1, 2, 2, 2)), strict=True)
         assert time.perf_counter() - start < 60
         inside = engine.vera.inside
         assert engine.residents.statistics.adapters <= 8 and len(inside.members) <= 8
         assert len(inside.banks) <= 8 and len(inside.layouts) <= 16  # two keys lead to each
-        assert objects_after - objects_before < 500 and bytes_after - bytes_before < 4 * 2**20
-        assert engine.residents.statistics.evictions > 1150
+        # What stays grows with every 400 loads; the allocator's own habits add megabytes to some of them.
+        assert objects[-1] - objects[0] < 500 and min(b - a for a, b in pairwise(held)) < 2**20
+        assert engine.residents.statistics.evictions > 1550
 
 
 def test_stop_strings_and_tokens(engine):

@@ -4,7 +4,7 @@ import hashlib
 import json
 import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -109,41 +109,32 @@ def pending(path: str | Path, jobs: Iterable[tuple[Any, str]], key: Callable[[Re
 def in_parallel(
     jobs: Iterable[Job], work: Callable[[Job], Record], keep: Callable[[Record], None], count: int, stop: Callable[[], None]
 ) -> None:
-    """Calls work on every job in `count` threads and keep on each record as it comes, in the caller's thread.
+    """Calls work on every job in `count` threads and keep on each record as it comes, one at a time.
 
     At the first error, or Ctrl-C, nothing new is begun, `stop` tells the waiting threads, what is under way is still kept, and
-    that error is raised.
+    that error is raised. keep runs in the threads too: Ctrl-C, which Python raises in the main one, can't come into it.
     """
     errors: list[BaseException] = []
-    over = threading.Event()
+    over, keeping = threading.Event(), threading.Lock()
 
-    def guarded(job: Job) -> Record | None:
+    def guarded(job: Job) -> None:
         if over.is_set():
-            return None
+            return
         try:
-            return work(job)
+            record = work(job)
+            with keeping:
+                keep(record)
         except BaseException as e:
             errors.append(e)
             over.set()
             stop()
-            return None
 
     pool = ThreadPoolExecutor(count)
-    order = {pool.submit(guarded, job): i for i, job in enumerate(jobs)}
-    left = set(order)
     try:
-        while left:
-            done, _ = wait(left, return_when=FIRST_COMPLETED)
-            for future in sorted(done, key=order.__getitem__):  # so that one thread keeps them in the jobs' order
-                if record := future.result():
-                    keep(record)
-                left.discard(future)
+        wait([pool.submit(guarded, job) for job in jobs])
     except BaseException:
         over.set()
         stop()
-        for future in left:
-            if record := future.result():
-                keep(record)
         raise
     finally:
         pool.shutdown()

@@ -40,7 +40,7 @@ class Recipe:
     """How the adapters train. The rates and epochs are chosen on other owners (docs/demo.md)."""
 
     rank: int = 64
-    length: int = 64
+    length: int = 56
     """Tokens of a row at most."""
     lr: float = 0.3
     epochs: float = 4.0
@@ -151,7 +151,7 @@ class Comparison:
         return found
 
     @torch.no_grad()
-    def batch_ratio(self, rounds: int = 9) -> dict[str, float]:
+    def batch_ratio(self, rounds: int = 7) -> dict[str, float]:
         """Milliseconds of a forward of one row an owner: each with its adapter, and all with the base model; their ratio."""
         self.say("one batch with every owner")
         model: Any = self.vera.model

@@ -121,7 +121,7 @@ class Screen:
         self.say(
             f"\nPart two: an adapter for everyone. A small language model ({model}) that has only read books learns how 64 "
             "packages of the standard library, torch and transformers write their documentation: one adapter for each of them, "
-            "all in one run, beside one shared adapter on everybody's text. Three minutes or so.\n"
+            "all in one run, beside one shared adapter on everybody's text. Four minutes or so.\n"
         )
 
     @contextlib.contextmanager
