@@ -1,4 +1,4 @@
-"""What VeRA adapters cost in vLLM: `python -m benchmarks.bench_vllm [--only float32 bfloat16 lora registered] [--out FILE]`.
+"""What VeRA adapters cost in vLLM: `python -m benchmarks.bench_vllm [--only PART …] [--out FILE]`.
 
 A Llama of 59 M parameters with random weights, one engine in this process; in every round the base alone and batches with 1, 8,
 32 and 256 distinct adapters in turn, so that what disturbs one disturbs the others. One thread, its processor time. Needs
@@ -32,6 +32,7 @@ PART = re.compile(r"(<!-- vllm -->\n).*?(<!-- /vllm -->)", re.DOTALL)
 RANK = 256
 SHAPE = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8, "vocab_size": 32000}
 PROMPT = 32
+PARTS = ["float32", "bfloat16", "lora", "cold", "registered"]
 
 
 def build(folder: Path, adapters: int) -> Any:
@@ -214,6 +215,29 @@ def registered(folder: Path, store: Any) -> list[dict[str, Any]]:
     return out
 
 
+def cold(folder: Path, store: Any, rounds: int = 40) -> dict[str, Any]:
+    """Milliseconds of a request of 8 + 1 tokens: the base; an adapter that only the store has, name to answer; the same again."""
+    from veralib.serving.vllm import lora_request
+
+    from . import measure
+
+    engine = Engine(
+        folder, "float32", 256, max_cpu_loras=256, additional_config={"vera": {"store": str(folder / "store"), "max_rank": RANK}}
+    )
+    taken: dict[str, list[float]] = {"base": [], "cold": [], "resident": []}
+    for k in range(rounds + 3):
+        for case, name in (("base", None), ("cold", f"a{k}"), ("resident", f"a{k}")):
+            start = measure.clock()
+            engine.run([lora_request(store, name)] if name else (), 1, 1, 8)
+            taken[case].append(1000 * (measure.clock() - start))
+    engine.close()
+    extra = [c - b for b, c in zip(taken["base"][3:], taken["cold"][3:], strict=True)]
+    out = {f"{case}_ms": round(statistics.median(times[3:]), 2) for case, times in taken.items()}
+    out |= {"rounds": rounds, "over_base_ms": round(statistics.median(extra), 2), "over_base_most_ms": round(max(extra), 2)}
+    print(f"  {out}", flush=True)
+    return out
+
+
 def table(result: dict[str, Any]) -> str:
     """Markdown: the rows of a result file."""
 
@@ -240,6 +264,14 @@ def table(result: dict[str, Any]) -> str:
     if "registered" in result:
         steps = ", ".join(f"{r['registered']:,}: {r['decode_step_ms']:.0f} ms" for r in result["registered"])
         lines += ["", f"A decode step of 256 sequences with 256 adapters, by the number of adapters in memory: {steps}."]
+    if "cold" in result:
+        c = result["cold"]
+        lines += [
+            "",
+            f"One request of 8 + 1 tokens: {c['base_ms']:.1f} ms with the base, {c['over_base_ms']:.1f} ms more (median of "
+            f"{c['rounds']}; at most {c['over_base_most_ms']:.1f}) with an adapter that only the store had, "
+            f"{c['resident_ms'] - c['base_ms']:.1f} ms more when it is asked for again.",
+        ]
     return "\n".join(lines)
 
 
@@ -251,7 +283,7 @@ def render(result: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", choices=["float32", "bfloat16", "lora", "registered"])
+    parser.add_argument("--only", nargs="+", choices=PARTS)
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
     os.environ.update(ENVIRONMENT)
@@ -260,7 +292,7 @@ def main() -> None:
     from . import measure
 
     torch.set_num_threads(1)
-    parts = options.only or ["float32", "bfloat16", "lora", "registered"]
+    parts = options.only or PARTS
     result: dict[str, Any] = (
         json.loads(options.out.read_text()) if options.out.exists() else {"run": "vllm", "shape": SHAPE, "rank": RANK}
     )
@@ -273,6 +305,8 @@ def main() -> None:
                 result[part] = {str(rank): lora(folder, rank) for rank in (1, 8, 16)}
             elif part == "registered":
                 result[part] = registered(folder, store)
+            elif part == "cold":
+                result[part] = cold(folder, store)
             else:
                 result[part] = vera(folder, store, part)
         result["environment"] = measure.environment()
