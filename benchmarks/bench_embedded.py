@@ -1,10 +1,10 @@
 """Tokens a second and step time ÷ base of the embedded engine: `python -m benchmarks.bench_embedded [--quick] [--out FILE]`.
 
-REQUESTS at once, PROMPT + ANSWER tokens each, greedy, with 0, 1, 8 and 32 distinct adapters on all linears, at r=256 and r=64, in
-one interleaved run a model. Beside them, in the same loop: PEFT's LoRA, unmerged, one adapter for every row, since PEFT has no
-adapter for each token of a packed batch; merged, any one adapter is the base's row. And transformers' generate, the base, one
-padded batch. Time is the processor's, with one thread, which other programs hardly disturb;
-a step's is a round's by the base's number of steps.
+Greedy requests that come at once, with 0, 1, 8 and 32 distinct adapters on all linears, at r=256 and r=64, in one
+interleaved run a model; and 256 requests with 256 adapters. Beside them, in the same loop: PEFT's LoRA, unmerged, one
+adapter for every row, since PEFT has none for each token of a packed batch; merged, any one adapter is the base's row. And
+transformers' generate, the base, one padded batch. Time is the processor's, with one thread, which other programs hardly
+disturb; a step's is a round's by the base's number of steps.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import queue
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,24 @@ from veralib.store import Store, open_store
 
 from . import measure
 
-REQUESTS, PROMPT, ANSWER = 32, 32, 32
-DISTINCT = (0, 1, 8, 32)
 RANKS = (256, 64)
 LORA = (1, 8, 16)
+SLOTS, BATCH_TOKENS = 1024, 512
 OUT = measure.ROOT / "results" / "serving" / "embedded.json"
+
+
+@dataclass(frozen=True)
+class Work:
+    """What comes at once: requests of `prompt` + `answer` tokens, for so many distinct adapters."""
+
+    requests: int = 32
+    prompt: int = 32
+    answer: int = 32
+    distinct: tuple[int, ...] = (1, 8, 32)
+
+
+CROWD = Work(256, 8, 8, (1, 32, 256))
+QUICK = Work(4, 32, 4, (1,))
 
 
 class NoText:
@@ -64,7 +78,12 @@ def books_4m() -> Any:
     return AutoModelForCausalLM.from_pretrained(measure.ROOT / "models" / "books-4m", dtype=torch.float32).eval()
 
 
-MODELS: dict[str, Callable[[], Any]] = {"books-4m": books_4m, "llama-59m": llama_59m}
+MODELS: dict[str, tuple[Callable[[], Any], Work]] = {
+    "books-4m": (books_4m, Work()),
+    "llama-59m": (llama_59m, Work()),
+    "llama-59m, crowd": (llama_59m, CROWD),
+}
+"""The parts by name."""
 
 
 def fill(model: Any, store: Store, rank: int, count: int) -> None:
@@ -82,7 +101,7 @@ def fill(model: Any, store: Store, rank: int, count: int) -> None:
 class PlainLoop:
     """The engine's loop around a model without veralib: for PEFT's LoRA."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, requests: int) -> None:
         from transformers import GenerationConfig
 
         from veralib.serving.embedded import attention
@@ -92,7 +111,7 @@ class PlainLoop:
         self.loop = Loop(
             model,
             GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0),
-            config_for(64 * 1024, 32, 512, 64, False),
+            config_for(64 * 1024, 32, BATCH_TOKENS, requests, False),
             deliver=lambda outputs: [self.done.put(o.request_id) for o in outputs if o.is_finished()] and None,
             around=lambda batch: contextlib.nullcontext(),
             sample=sampler(lambda: [chooser for f in self.loop.in_step if f.has_new_token]),
@@ -116,46 +135,50 @@ def lora(model: Any, rank: int) -> Any:
     return peft.get_peft_model(copy.deepcopy(model), config).eval().base_model.model
 
 
-def measure_model(name: str, build: Callable[[], Any], rounds: int, requests: int, answer: int) -> dict[str, Any]:
+def measure_model(build: Callable[[], Any], work: Work, rounds: int) -> dict[str, Any]:
     """Every row of one model."""
     model = build()
     size = model.get_input_embeddings().weight.shape[0]
-    prompts = [[(7 * i + 3 * j) % (size - 8) + 4 for j in range(PROMPT)] for i in range(requests)]
-    sampling = Sampling(max_tokens=answer, ignore_eos=True)
-    distinct = [k for k in DISTINCT if k <= requests]
+    prompts = [[(7 * i + 3 * j) % (size - 8) + 4 for j in range(work.prompt)] for i in range(work.requests)]
+    sampling = Sampling(max_tokens=work.answer, ignore_eos=True)
     rows: dict[str, Callable[[], Any]] = {}
     with contextlib.ExitStack() as stack:
         store = open_store(stack.enter_context(tempfile.TemporaryDirectory()), kind="packed")
         for rank in RANKS:
-            fill(model, store, rank, max(distinct))
+            fill(model, store, rank, max(work.distinct))
         plain = copy.deepcopy(model)
-        engine = stack.enter_context(EmbeddedEngine(model, store, tokenizer=NoText()))
+        engine = stack.enter_context(
+            EmbeddedEngine(
+                model, store, tokenizer=NoText(), slots=SLOTS, cache_tokens_limit=64 * 1024, max_batch_tokens=BATCH_TOKENS,
+                max_batch_requests=work.requests,
+            )
+        )  # fmt: skip
 
         def ask(rank: int, k: int) -> Callable[[], Any]:
-            models = [f"r{rank}-{i % k}" if k else None for i in range(requests)]
+            models = [f"r{rank}-{i % k}" if k else None for i in range(work.requests)]
             return lambda: engine.generate(prompts, models, sampling)
 
         rows["base"] = ask(0, 0)
         for rank in RANKS:
-            rows |= {f"veralib r={rank}, {k} adapters": ask(rank, k) for k in distinct if k}
+            rows |= {f"veralib r={rank}, {k} adapters": ask(rank, k) for k in work.distinct}
         for rank in LORA:
-            loop = PlainLoop(lora(plain, rank))
+            loop = PlainLoop(lora(plain, rank), work.requests)
             stack.callback(loop.loop.stop, hard_stop=True)
-            rows[f"PEFT LoRA r={rank}, unmerged, one for all rows"] = lambda loop=loop: loop.run(prompts, answer)  # type: ignore[misc]
+            rows[f"PEFT LoRA r={rank}, unmerged, one for all rows"] = lambda loop=loop: loop.run(prompts, work.answer)  # type: ignore[misc]
         ids = torch.tensor(prompts)
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        fixed = {"max_new_tokens": answer, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        fixed = {"max_new_tokens": work.answer, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
         rows["transformers' generate, base, one batch"] = lambda: plain.generate(**batch, **fixed)
         steps = engine.loop.steps
         rows["base"]()
         steps = engine.loop.steps - steps
         seconds = measure.interleave(rows, rounds, 1)
-        cold = [_load_seconds(engine, f"r{RANKS[0]}-{k}") for k in range(max(distinct))]
+        cold = [_load_seconds(engine, f"r{RANKS[0]}-{k}") for k in range(max(work.distinct))]
     base = seconds["base"]
-    out: dict[str, Any] = {"steps": steps, "rows": {}, "load_ms": measure.spread([1000 * s for s in cold])}
+    out: dict[str, Any] = {"work": asdict(work), "steps": steps, "rows": {}, "load_ms": measure.spread([1000 * s for s in cold])}
     for row, times in seconds.items():
         ratio = measure.spread([t / b for t, b in zip(times, base, strict=True)])
-        speed = measure.spread([requests * answer / t for t in times])
+        speed = measure.spread([work.requests * work.answer / t for t in times])
         out["rows"][row] = {"tokens_per_s": speed, "step_ms": measure.spread([1000 * t / steps for t in times]), "ratio": ratio}
     return out
 
@@ -173,7 +196,9 @@ def table(results: dict[str, Any]) -> str:
     """The result file's models as Markdown."""
     lines = []
     for name, model in results["models"].items():
-        lines += [f"| {name} | tokens/s | ms a step | ÷ base |", "|---|---:|---:|---:|"]
+        w = model["work"]
+        title = f"{name}, {w['requests']} × {w['prompt']} + {w['answer']} tokens"
+        lines += [f"| {title} | tokens/s | ms a step | ÷ base |", "|---|---:|---:|---:|"]
         for row, said in model["rows"].items():
             numbers = f"{said['tokens_per_s']['median']:.0f} | {said['step_ms']['median']:.1f} | {said['ratio']['median']:.2f}"
             lines.append(f"| {row} | {numbers} |")
@@ -185,18 +210,19 @@ def main(arguments: list[str] | None = None) -> int:
     """Measures, prints the table, writes the result file."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_embedded", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="few requests and rounds, for tests: the numbers mean nothing")
-    parser.add_argument("--only", choices=list(MODELS), help="one model alone")
+    parser.add_argument("--only", choices=list(MODELS), help="one part alone")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=None, help=f"the result file; {OUT.relative_to(measure.ROOT)} unless quick")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    requests, answer, rounds = (4, 4, 1) if options.quick else (REQUESTS, ANSWER, options.rounds)
-    wanted = {options.only: MODELS[options.only]} if options.only else MODELS
+    wanted = [options.only] if options.only else list(MODELS)
     with measure.alone():
         environment = measure.environment()
-        models = {n: measure_model(n, build, rounds, requests, answer) for n, build in wanted.items()}
-    asked = {"requests": requests, "prompt_tokens": PROMPT, "answer_tokens": answer, "rounds": rounds, "targets": "all-linear"}
-    results = {"run": "embedded", "setting": asked, "environment": environment, "models": models}
+        models = {}
+        for name in wanted:
+            build, work = MODELS[name]
+            models[name] = measure_model(build, QUICK if options.quick else work, 1 if options.quick else options.rounds)
+    results = {"run": "embedded", "targets": "all-linear", "rounds": options.rounds, "environment": environment, "models": models}
     print(table(results))
     out = options.out or (None if options.quick else OUT)
     if out is not None:

@@ -224,3 +224,10 @@ def test_two_gateways_example(run):
     pytest.importorskip("openai")
     _, printed = run("two_gateways")
     assert printed.count("the same 4 times: True") == 2 and "by the other, the same: True" in printed
+
+
+@pytest.mark.slow
+def test_personal_model_example(run):
+    pytest.importorskip("openai")
+    _, printed = run("personal_model")
+    assert "Version 1 is live" in printed and "ann: 'The lamp is in the harbour" in printed
