@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import itertools
 import json
+import os
 import random
 import signal
 import socket
@@ -30,6 +31,17 @@ from .soak_world import BROKEN, MISSING, PROMPTS, Answer, Timeline, World, judge
 
 RESULTS = measure.ROOT / "results" / "serving"
 RANK, TOKENS, SLOTS = 64, 8, 64
+ENGINE_ARGS = {
+    "embedded": f"--slots {SLOTS}",
+    "vllm": "--enforce-eager --dtype float32 --max-model-len 64 --max-num-seqs 64",
+}
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+}
+"""One thread for the engine: the gateway and the clients run beside it. What is set outside goes first."""
 ZIPF = 1.1
 LOST = 599  # no answer: the connection broke
 
@@ -58,11 +70,12 @@ class Soak:
         a = self.a
         command = [sys.executable, "-m", "veralib.cli", "serve", "--model", str(measure.ROOT / "models" / "books-4m")]
         command += ["--store", str(self.folder / "store"), "--state", str(self.folder / "state"), "--port", str(self.port)]
-        command += ["--no-auth", "--key-concurrency", "4096", "--engine", a.engine]
+        command += ["--no-auth", "--key-concurrency", "4096", "--engine", a.engine, "--engine-args", a.engine_args]
+        command += ["--slots", str(SLOTS), "--resident", str(4 * SLOTS)]  # vLLM's
         command += ["--engine-python", a.engine_python] if a.engine_python else []
-        command += ["--engine-args", a.engine_args] if a.engine_args else []
         with open(self.folder / "gateway.log", "ab") as log:
-            self.server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+            env = {**ENVIRONMENT, **os.environ}
+            self.server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env)
 
     def engine_process(self) -> Any:
         """The engine, a child of the gateway."""
@@ -251,10 +264,11 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--pause", type=float, default=0.2, help="seconds between two changes")
     parser.add_argument("--engine", choices=("embedded", "vllm"), default="embedded")
     parser.add_argument("--engine-python")
-    parser.add_argument("--engine-args", default=f"--slots {SLOTS}")
+    parser.add_argument("--engine-args", help="left out, what this machine's processor needs")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--keep", action="store_true", help="keep the logs and the store")
     a = parser.parse_args(arguments)
+    a.engine_args = a.engine_args or ENGINE_ARGS[a.engine]
     folder = Path(tempfile.mkdtemp(prefix="vera-soak-"))
     soak = Soak(a, folder)
     try:
