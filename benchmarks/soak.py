@@ -211,14 +211,17 @@ class Soak:
             await asyncio.sleep(max(0.0, third - (time.time() - begin)) if which == "engine" else 0)
 
     async def watch(self) -> None:
-        """Memory of both processes, every second or so."""
+        """Memory of the gateway and of the engine with its workers, every second or so."""
         import psutil
 
         while time.time() < self.ends:
             for which, find in (("gateway", lambda: psutil.Process(self.server.pid)), ("engine", self.engine_process)):
                 try:
                     process = find()
-                    self.memory[which].append((time.time() - self.began, process.pid, process.memory_info().rss))
+                    workers = process.children(recursive=True) if which == "engine" else []
+                    held = sum(p.memory_info().rss for p in (process, *workers))
+                    if held:  # not one that was just killed
+                        self.memory[which].append((time.time() - self.began, process.pid, held))
                 except (psutil.Error, IndexError):
                     pass
             await asyncio.sleep(max(1.0, self.a.minutes))
