@@ -10,7 +10,7 @@ from veralib.commands.train import resolve
 from veralib.errors import DataError
 from veralib.paper import cells, fig4, grid, weights
 from veralib.paper.compare import chosen, interval, paired, verdict
-from veralib.paper.published import TABLES
+from veralib.paper.published import TABLES, TASKS
 
 
 def run(name, value, seed, held_out, test, **more):
@@ -64,7 +64,7 @@ def test_a_cell_is_the_median_of_its_runs_or_a_command_that_runs(tmp_path, monke
         (place / "result.json").write_text(json.dumps({"metrics": {"eval_accuracy": score}}))
     found = cells.table("table2", tmp_path)["cells"]
     ours = [c for c in found if c["ours"] is not None]
-    assert len(found) == 13 * 6 and len(ours) == 1
+    assert len(found) == 13 * 7 and len(ours) == 1
     assert (ours[0]["printed"], ours[0]["ours"], ours[0]["seeds"]) == (78.7, pytest.approx(80.0), 3)
     assert ours[0]["difference"] == pytest.approx(1.3) and ours[0]["command"] is None
     checked = 0
@@ -85,8 +85,19 @@ def test_each_table_is_written_and_names_its_missing_cells(tmp_path):
     for name, table in TABLES.items():
         found = cells.make(name, tmp_path, tmp_path / "runs")
         text = (tmp_path / f"{name}.md").read_text()
-        assert len(found["cells"]) == len(table.rows) * len(table.columns)
+        assert len(found["cells"]) == len(table.rows) * (len(table.columns) + (table.rows[0].mean is not None))
         assert table.title in text and "vera train" in text and str(tmp_path) not in text
+
+
+def test_the_average_column_is_the_mean_of_its_row(tmp_path):
+    for row in TABLES["table2"].rows:
+        assert abs(sum(row.values) / 6 - row.mean) <= 0.0501, row  # printed with one decimal
+    for task, key in zip(TASKS, TABLES["table2"].keys, strict=True):
+        place = tmp_path / f"glue-{task}-base" / "vera-seed0"
+        place.mkdir(parents=True)
+        (place / "result.json").write_text(json.dumps({"metrics": {key: 0.5 if task == "rte" else 0.8}}))
+    (mean,) = [c for c in cells.table("table2", tmp_path)["cells"] if c["column"] == "Avg." and c["ours"]]
+    assert mean["ours"] == pytest.approx(75) and mean["difference"] == pytest.approx(75 - 85.2) and mean["method"] == "VeRA"
 
 
 def test_a_grids_page_is_rendered_from_its_files(tmp_path):

@@ -130,6 +130,7 @@ def test_the_original_files_train_by_either_protocol(task, metric, protocol, glu
     assert f"{scored}_{metric}" in result.metrics and result.rows[{"eval": "validation"}.get(scored, scored)] == 24
     assert result.rows["train"] == (24 if protocol == "published" else 22)
     assert {"published": 1, "honest": 2}[protocol] == len(result.rows) - 1
+    assert result.settings["recipe"] == f"glue-{task}-base, {protocol}"
 
 
 def test_bad_input_is_answered_in_words(glue, bert, monkeypatch):

@@ -59,19 +59,31 @@ def table(name: str, runs: Path = RUNS) -> dict[str, Any]:
             cell["difference"] = cell["ours"] - cell["printed"] if ours else None
             cell["command"] = None if ours or row.method is None else command(printed, row, recipe)
             cells.append(cell)
+        if row.mean is not None:
+            cells.append(_mean(row, cells[-len(printed.columns) :]))
     return {"table": name, "title": printed.title, "average": printed.average, "cells": cells}
+
+
+def _mean(row: Row, cells: list[dict[str, Any]]) -> dict[str, Any]:
+    """The average column: ours where every column has a run."""
+    ours = [c["ours"] for c in cells]
+    whole = statistics.mean(ours) if None not in ours else None
+    cell = {**cells[0], "column": "Avg.", "printed": row.mean, "printed_spread": None, "command": None}
+    seeds = min(c["seeds"] for c in cells)
+    return {**cell, "ours": whole, "seeds": seeds, "difference": whole - row.mean if whole is not None else None}
 
 
 def make(name: str, folder: Path, runs: Path = RUNS) -> dict[str, Any]:
     """NAME.json and NAME.md in the folder."""
     found, printed = table(name, runs), TABLES[name]
     lines, missing = [], []
-    per_row = len(printed.columns)
+    columns = [*printed.columns, *(["Avg."] if printed.rows[0].mean is not None else [])]
+    per_row = len(columns)
     for start in range(0, len(found["cells"]), per_row):
         cells = found["cells"][start : start + per_row]
         lines.append((cells[0]["block"], cells[0]["method"], cells[0]["parameters"], *map(_cell, cells)))
         missing += [f"    {c['command']}" for c in cells if c["command"]]
-    head = ("model", "method", "trained", *(f"{c}: printed · ours" for c in printed.columns))
+    head = ("model", "method", "trained", *(f"{c}: printed · ours" for c in columns))
     remarks = [f"Ours: {printed.average} over the seeds there are, and the difference. A dash: no run's result is here."]
     if missing:
         remarks += [

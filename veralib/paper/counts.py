@@ -42,6 +42,7 @@ ROWS: list[tuple[str, str, int | None, dict[str, Any], str, str, str]] = [
     ("gpt2-medium", "full", None, {}, "354.92M", "T3", "a tenth of a million more than the model has"),
     ("gpt2-medium", "adapter_l", 6, {}, "0.37M", "T3", ""),
     ("gpt2-medium", "adapter_l", 224, {}, "11.09M", "T3", ""),
+    ("gpt2-medium", "adapter_h", 112, {}, "11.09M", "T3", "inherited; 48 bottlenecks of width 112 have 11.06 M"),
     ("gpt2-medium", "lora", 4, {}, "0.35M", "T3", "inherited from Hu et al."),
     ("gpt2-medium", "vera", 1024, QV, "0.098M", "T3", ""),
     ("gpt2-large", "full", None, {}, "774.03M", "T3", ""),

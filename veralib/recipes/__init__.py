@@ -40,11 +40,12 @@ def settings_of(name: str, method: str = "vera", protocol: Protocol = "published
     if "accumulation" not in changes:
         common["accumulation"] = _accumulation(recipe, {**common, **row, **changes})
     row.pop("processes", None)
-    given: dict[str, Any] = {"model": recipe.model, "method": method, "output": f"{name}-{method}", **where, **common, **row}
+    given: dict[str, Any] = {"model": recipe.model, "method": method, **where, **common, **row}
+    given |= {"recipe": name, "output": f"{name}-{method}"}
     if recipe.data.dev and common.get("evaluate_every") != "never":
         dev = recipe.data.dev[local]
         given |= {"validation": dev} if protocol == "published" else {"validation": "0.1", "test": dev}
-        given["best"] = True
+        given |= {"best": True, "recipe": f"{name}, {protocol}"}
     elif protocol == "honest":
         raise ConfigError(f'recipe "{name}" keeps its last weights and chooses nothing: there is no protocol to set')
     if "method" in changes and changes["method"] != method:

@@ -74,6 +74,7 @@ class Settings(BaseModel):
         description="Training data: csv, tsv, jsonl or txt files, a folder with train.* in it, or a hub id. Images: a folder "
         "with train/CLASS/*.jpg, an .npz file, or a hub id."
     )
+    recipe: str | None = Field(None, description="Where the settings come from, for the record: a recipe and its protocol.")
     output: str = Field("run", description="Folder for the adapter, result.json and plot.png.")
     task: Task = Field("classification", description="What is learned.")
     method: str = Field(
