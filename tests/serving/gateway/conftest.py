@@ -13,6 +13,7 @@ import httpx2
 import openai
 
 from tests.serving.gateway.fake import Fake, serving, wait_until
+from tests.serving.gateway.workplace import Settling, Workplace, make_adapter, make_model
 from veralib import VeraConfig, attach
 from veralib.serving.gateway.app import make_app
 from veralib.serving.gateway.keys import Keys
@@ -20,7 +21,7 @@ from veralib.serving.gateway.settings import GatewaySettings
 from veralib.store import open_store
 
 
-def adapter(seed=0):
+def small_adapter(seed=0):
     """The smallest one there is."""
     vera = attach(torch.nn.Sequential(torch.nn.Linear(4, 4)), VeraConfig(rank=2, seed=seed, targets="all-linear"))
     return vera.adapter("default")
@@ -66,7 +67,7 @@ def make_world(folder):
     """acme: has ann and bob, globex: has ann, an admin has all."""
     store = open_store(folder / "store")
     for name in ("acme:ann", "acme:bob", "globex:ann"):
-        store.put(name, adapter())
+        store.put(name, small_adapter())
     keys = Keys(folder / "state")
     made = {"acme": keys.add("acme:")[0], "globex": keys.add("globex:")[0], "admin": keys.add(admin=True)[0]}
     fake = Fake()
@@ -88,3 +89,27 @@ def shared_world(tmp_path_factory):
     with make_world(tmp_path_factory.mktemp("world")) as world:
         world.url = world.gateway()
         yield world
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    """A tiny Llama's folder."""
+    return make_model(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="session")
+def adapter(model):
+    """A trained-looking adapter of that model."""
+    return make_adapter(model)
+
+
+@pytest.fixture
+def place(tmp_path, model):
+    """Files, jobs and what trains them, around that model."""
+    return Workplace(tmp_path, model)
+
+
+@pytest.fixture
+def settling(tmp_path, adapter):
+    """A place without a model, for jobs whose training is over."""
+    return Settling(Workplace(tmp_path), adapter)

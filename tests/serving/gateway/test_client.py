@@ -3,14 +3,14 @@
 import openai
 import pytest
 
-from tests.serving.gateway.conftest import adapter
+from tests.serving.gateway.conftest import small_adapter
 from veralib.serving.names import engine_name
 
 
 def test_completions_come_from_the_version_that_is_live(world):
     client = world.client(world.gateway())
     for _ in range(3):
-        world.store.put("acme:ann", adapter())
+        world.store.put("acme:ann", small_adapter())
         answer = client.completions.create(model="acme:ann", prompt="hello")
         live = engine_name(world.store, "acme:ann")
         assert answer.model == "acme:ann" and answer.choices[0].text.startswith(f"{live} says")
@@ -40,7 +40,7 @@ def test_embeddings(world):
 
 def test_models_list_page_by_page(world):
     for k in range(7):
-        world.store.put(f"acme:n{k}", adapter())
+        world.store.put(f"acme:n{k}", small_adapter())
     client = world.client(world.gateway())
     every = ["tiny-base", "acme:ann", "acme:bob", *(f"acme:n{k}" for k in range(7))]
     assert [m.id for m in client.models.list()] == every

@@ -6,7 +6,7 @@ import httpx2
 import openai
 import pytest
 
-from tests.serving.gateway.conftest import adapter
+from tests.serving.gateway.conftest import small_adapter
 from tests.serving.gateway.fake import Fake, serving, wait_until
 from veralib.serving.names import engine_name
 
@@ -32,7 +32,7 @@ def test_a_new_version_is_served_by_both_at_once(pair):
     world, one, two, second = pair
     clients = [world.client(url) for url in (one, two)]
     for seed in range(4):
-        world.apps[seed % 2].state.gateway.store.put("acme:ann", adapter(seed))
+        world.apps[seed % 2].state.gateway.store.put("acme:ann", small_adapter(seed))
         live = engine_name(world.store, "acme:ann")
         texts = [c.completions.create(model="acme:ann", prompt="x").choices[0].text for c in clients]
         assert all(t.startswith(f"{live} says") for t in texts)
@@ -50,5 +50,5 @@ def test_what_one_deletes_the_other_no_longer_serves(pair):
     with pytest.raises(openai.NotFoundError):
         other.completions.create(model="acme:ann", prompt="x")
     assert [m.id for m in other.models.list()] == ["tiny-base", "acme:bob"]
-    world.store.put("acme:ann", adapter(5))
+    world.store.put("acme:ann", small_adapter(5))
     assert other.completions.create(model="acme:ann", prompt="x").choices[0].text.startswith(engine_name(world.store, "acme:ann"))

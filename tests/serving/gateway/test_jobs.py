@@ -4,31 +4,16 @@ import json
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
 from openai import BadRequestError, NotFoundError, RateLimitError
 
-from tests.serving.gateway.workplace import BASE, Workplace, chats, make_adapter, make_model
+from tests.serving.gateway.workplace import BASE, Workplace, chats, flat, make_adapter
 from veralib import StoreError
 from veralib.fleet.run import train_fleet
 from veralib.fleet.settings import FleetSettings
 from veralib.serving.gateway.paging import new_id
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return make_model(tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture
-def place(tmp_path, model) -> Workplace:
-    return Workplace(tmp_path, model)
-
-
-def flat(store, name: str, version: int | None = None) -> torch.Tensor:
-    return torch.cat([t for pair in store.get(name, version).vectors.values() for t in pair])
 
 
 @pytest.mark.slow

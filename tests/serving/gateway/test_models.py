@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.serving.gateway.conftest import adapter
+from tests.serving.gateway.conftest import small_adapter
 from veralib import UnknownName
 from veralib.serving.names import engine_name
 from veralib.store import open_store
@@ -21,7 +21,7 @@ def say(http, name="acme:ann"):
 
 def test_rollback_is_one_call(world):
     http = world.http(world.gateway())
-    world.store.put("acme:ann", adapter(1), notes={"loss": "2.5"})
+    world.store.put("acme:ann", small_adapter(1), notes={"loss": "2.5"})
     found = http.get("/v1/models/acme:ann/versions").json()
     assert found["current"] == 2 and [v["number"] for v in found["data"]] == [1, 2] and found["data"][1]["notes"]["loss"] == "2.5"
     assert http.post("/v1/models/acme:ann/rollback", json={"version": 1}).json()["version"] == 3
@@ -34,7 +34,7 @@ def test_rollback_is_one_call(world):
 def test_rollback_from_a_damaged_version(world):
     """That the current one can't be read is when it is needed."""
     http = world.http(world.gateway())
-    world.store.put("acme:ann", adapter(1))
+    world.store.put("acme:ann", small_adapter(1))
     (path,) = world.store.files.root.glob(f"adapters/*/{key_of('acme:ann')}/000000000002-*.vera")
     path.write_bytes(path.read_bytes()[:-20])
     assert http.get("/v1/models/acme:ann").status_code == 422
@@ -44,7 +44,7 @@ def test_rollback_from_a_damaged_version(world):
 
 def test_a_rollback_does_not_bring_back_what_is_deleted_meanwhile(world, monkeypatch):
     http = world.http(world.gateway())
-    world.store.put("acme:ann", adapter(1))
+    world.store.put("acme:ann", small_adapter(1))
     store, write = world.apps[0].state.gateway.store, FolderStore._write
     with ThreadPoolExecutor(1) as thread:
         deleted = []
@@ -89,7 +89,7 @@ def test_delete_takes_everything_along(world):
 
     world.apps[0].state.on_delete.append(files)
     say(http), say(other, "globex:ann")
-    world.store.put("acme:ann", adapter())
+    world.store.put("acme:ann", small_adapter())
     say(http)
     assert len([n for n in world.fake.loaded if n.startswith("acme:ann@")]) == 2
     answer = http.delete("/v1/models/acme:ann").json()
@@ -131,7 +131,7 @@ def test_a_put_between_question_and_answer_is_answered_by_the_new_version(world)
     http = world.http(world.gateway())
     names = world.apps[0].state.gateway.names
     old = engine_name(world.store, "acme:ann")
-    world.store.put("acme:ann", adapter())
+    world.store.put("acme:ann", small_adapter())
     new = engine_name(world.store, "acme:ann")
     world.fake.known = {new}
     inner, first = names.live, [old]
@@ -162,7 +162,7 @@ def test_a_store_that_is_damaged_fails_its_own_requests_only(world):
 def test_a_page_of_a_store(tmp_path, kind):
     store = open_store(tmp_path, kind)
     names = ["acme:z", "acme:a", "acme:é", "acme:a" + "b" * 200, "Acme:b", "acme", "globex:a", "acme:" + "é" * 90]
-    store.put_many([(n, adapter()) for n in names])
+    store.put_many([(n, small_adapter()) for n in names])
     own = sorted((n for n in names if n.startswith("acme:")), key=lambda n: n.encode())
     assert store.page("acme:", limit=10) == own and store.page("acme:", own[1], 2) == own[2:4]
     assert store.page("acme:", own[-1]) == [] == store.page("nobody:") and store.page("acme:", "globex:") == []
@@ -174,12 +174,12 @@ def test_a_page_of_a_store(tmp_path, kind):
 def test_a_packed_store_is_served_alike(world, tmp_path):
     """Its lookups run in several threads, each with a connection to the index of its own."""
     store = open_store(tmp_path / "packed", "packed")
-    store.put_many([(f"acme:n{k:03}", adapter()) for k in range(150)] + [("globex:x", adapter())])
+    store.put_many([(f"acme:n{k:03}", small_adapter()) for k in range(150)] + [("globex:x", small_adapter())])
     http = world.http(world.gateway(store=str(tmp_path / "packed")))
     with ThreadPoolExecutor(8) as pool:
         texts = list(pool.map(lambda k: say(http, f"acme:n{k:03}"), range(40)))
     assert all(t.startswith(engine_name(store, f"acme:n{k:03}") + " says") for k, t in enumerate(texts))
     page = http.get("/v1/models", params={"limit": 1000}).json()
     assert len(page["data"]) == 151 and not page["has_more"] and {m.get("version") for m in page["data"][1:]} == {1}
-    store.put("acme:n000", adapter())
+    store.put("acme:n000", small_adapter())
     assert say(http, "acme:n000").startswith("acme:n000@2-")

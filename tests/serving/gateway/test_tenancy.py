@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from tests.serving.gateway.conftest import adapter
+from tests.serving.gateway.conftest import small_adapter
 
 FOREIGN = ("globex:ann", "globex:nobody", "ann", "globex:", "Acme:ann", "acme", "acme:ann@1-0123456789ab", "initech:x")
 
@@ -133,7 +133,7 @@ def test_no_name_of_the_engines_comes_through(world, stream):
                 parsed["choices"] = []  # the fake's own words
                 text = json.dumps(parsed)
             assert "@" not in text and "globex" not in text
-    world.store.put("acme:ann", adapter())
+    world.store.put("acme:ann", small_adapter())
 
 
 def test_off_means_everybody_is_admin(world):

@@ -2,18 +2,21 @@
 
 import json
 import random
+import time
 from pathlib import Path
 
+import torch
 from fastapi import FastAPI, Request
 from openai import OpenAI
 from starlette.testclient import TestClient
 
 from tests.training import tiny
 from veralib import VeraConfig, attach
-from veralib.serving.gateway import errors, learning, routes_files, routes_jobs
+from veralib.serving.gateway import errors, learning, promotion, routes_files, routes_jobs
 from veralib.serving.gateway.auth import tenant_of
 from veralib.serving.gateway.learning import Learning, LearningSettings
 from veralib.serving.gateway.runner import Runner
+from veralib.serving.gateway.runs import Entry
 from veralib.serving.gateway.tenants import Tenant
 from veralib.store import Store, open_store
 
@@ -98,3 +101,46 @@ def make_adapter(model: Path):
         d += 0.01
         b += 0.01
     return vera.adapter()
+
+
+def wait(condition, seconds: float = 400.0):
+    """Until it is true; an AssertionError after so many seconds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def flat(store, name: str, version: int | None = None) -> torch.Tensor:
+    """All vectors of an adapter, one after the other."""
+    return torch.cat([t for pair in store.get(name, version).vectors.values() for t in pair])
+
+
+RESULT = {
+    **{"name": "acme:ann", "status": "trained", "examples": 6, "steps": 4, "held_out": 2, "tokens": 60},
+    **{"loss_before": 3.0, "loss_after": 2.0},
+}
+
+
+class Settling:
+    """A job that has trained, without the training."""
+
+    def __init__(self, place: Workplace, adapter) -> None:
+        self.place = place
+        self.staged = open_store(place.folder / "staged")
+        self.staged.put("acme:ann", adapter)
+
+    def job(self):
+        client = self.place.openai()
+        made = client.fine_tuning.jobs.create(model=BASE, training_file=self.place.upload(chats(4)), suffix="ann")
+        return self.place.learning.jobs.find("acme=3a", made.id)
+
+    def entry(self, job) -> Entry:
+        store = self.place.store
+        there = job.name in store
+        stamp = repr(store.stamp(job.name)) if there else None
+        return Entry(job.id, "acme=3a", job.name, stamp, store.current(job.name) if there else None)
+
+    def settle(self, job, entry=None, **changes):
+        promotion.settle(self.place.learning, job, entry or self.entry(job), {**RESULT, **changes}, self.staged)
+        return self.place.openai().fine_tuning.jobs.retrieve(job.id)
