@@ -84,6 +84,13 @@ def lora_adapters(folder: Path, rank: int, count: int) -> list[str]:
     return paths
 
 
+def adapter_bytes(store: Any) -> dict[str, int]:
+    """Of one adapter in float32: VeRA's, and a LoRA's on the same linears."""
+    one = store.get("a0")
+    sides = sum(m + n for m, n in one.base.layers.values())
+    return {f"VeRA r={RANK}": one.bytes, **{f"LoRA r={r}": 4 * r * sides for r in (1, 8, 16)}}
+
+
 class Engine:
     """vLLM in this process."""
 
@@ -276,6 +283,8 @@ def table(result: dict[str, Any]) -> str:
     if "registered" in result:
         steps = ", ".join(f"{r['registered']:,}: {r['decode_step_ms']:.0f} ms" for r in result["registered"])
         lines += ["", f"A decode step of 256 sequences with 256 adapters, by the number of adapters in memory: {steps}."]
+    if "bytes" in result:
+        lines += ["", f"Bytes of an adapter: {', '.join(f'{name} {size:,}' for name, size in result['bytes'].items())}."]
     if "cold" in result:
         c = result["cold"]
         lines += [
@@ -311,6 +320,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name, measure.alone():
         folder = Path(name)
         store = build(folder, 256)
+        result["bytes"] = adapter_bytes(store)
         for part in parts:
             print(part, flush=True)
             if part == "lora":
