@@ -155,7 +155,10 @@ def judge(world: World, timeline: Timeline, answers: Sequence[Answer], down: Seq
                 if isinstance(s, int) and isinstance(answer.got, str)
             }
             met = ", ".join(sorted(map(str, states)))
-            wrong.append(f"{answer.name}, prompt {answer.prompt}: got {answer.got!r} {answer.said}; met: {met}; expected: {said}")
+            at = f"{answer.began - answers[0].began:.1f} s, {answer.ended - answer.began:.1f} s long"
+            wrong.append(
+                f"{at}: {answer.name}, prompt {answer.prompt}: got {answer.got!r} {answer.said}; met: {met}; expected: {said}"
+            )
     base = world.expected([(None, 0, p) for p in range(len(world.prompts))])
     own = [truth[k][0] != base[None, 0, k[2]][0] for k in truth if k[0] is not None]
     return {

@@ -18,6 +18,7 @@ import pytest
 from tests.serving.gateway.fake import Fake, fake_python, serving, wait_until
 from veralib.serving.gateway import engine
 from veralib.serving.gateway.client import COUNTS, EngineClient
+from veralib.serving.gateway.errors import ApiError
 from veralib.serving.gateway.settings import GatewaySettings
 
 TEXT = {"model": "acme:ann", "prompt": "x"}
@@ -172,6 +173,37 @@ def test_a_look_at_the_engine_does_not_wait_behind_requests(world):
         return answers, len(looks), {each.name for each in about}, len(asked)
 
     assert asyncio.run(check()) == ([True] * 50, 1, {"tiny-base"}, 2)
+
+
+@pytest.mark.parametrize(("pause", "answers"), [(0.0, True), (1.2, False)])
+def test_what_was_sent_into_a_connection_that_closed_is_sent_again(pause, answers):
+    """At once, and once: a connection that ends later may have ended because of the request."""
+
+    async def check():
+        came = []
+
+        async def serve(reader, writer):
+            await reader.readuntil(b"\r\n\r\n")
+            came.append(1)
+            if len(came) == 1:
+                await asyncio.sleep(pause)
+            else:
+                writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+            writer.close()
+
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        client = EngineClient(SimpleNamespace(url=url, key=None, run=1), 20.0, 4)
+        try:
+            async with client.stream("/v1/completions", {}) as answer:
+                return await answer.aread(), len(came)
+        except ApiError as e:
+            return e.status, len(came)
+        finally:
+            await client.close()
+            server.close()
+
+    assert asyncio.run(check()) == ((b"{}", 2) if answers else (503, 1))
 
 
 def test_counts_of_tokens_leave_connections_for_what_runs(world, monkeypatch):

@@ -147,6 +147,26 @@ def test_a_put_between_question_and_answer_is_answered_by_the_new_version(world)
     assert len(world.fake.asked) == 4
 
 
+def test_versions_that_come_faster_than_answers_are_followed(world):
+    """Each version is outdated when the engine is asked for it, five times; and at last one that never ends."""
+    http = world.http(world.gateway())
+    names = world.apps[0].state.gateway.names
+    versions = [f"acme:ann@{k}-000000000000" for k in range(1, 7)]
+    world.fake.known = {versions[-1]}
+    coming = iter(versions)
+
+    async def live(tenant, name):
+        return next(coming)
+
+    names.live = live
+    assert say(http).startswith(f"{versions[-1]} says")
+    assert [body["model"] for _, body in world.fake.asked] == versions
+    endless = iter(f"acme:ann@{k}-000000000000" for k in range(1, 1000))
+    coming, world.fake.known = endless, set()
+    answer = http.post("/v1/completions", json={"model": "acme:ann", "prompt": "x"})
+    assert answer.status_code == 503 and answer.json()["error"]["code"] == "model_changing" and answer.headers["retry-after"]
+
+
 def test_a_store_that_is_damaged_fails_its_own_requests_only(world):
     http = world.http(world.gateway())
     (path,) = Path(world.store_path).glob("adapters/*/acme=3aann/*.vera")

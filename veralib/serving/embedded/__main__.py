@@ -46,6 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
             log_level="warning",
             access_log=False,
             timeout_graceful_shutdown=30,
+            timeout_keep_alive=75,  # longer than a gateway keeps an idle connection, so that it doesn't send into a closed one
         )
     )
     died = threading.Event()

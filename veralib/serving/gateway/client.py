@@ -4,7 +4,7 @@ import asyncio
 import json
 import re
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -19,7 +19,10 @@ ABOUT_SECONDS, LOOK_SECONDS = 30.0, 2.0
 COUNTS = 32
 """Questions for a count of tokens at a time: they come before the queue, and must not take the connections of what runs."""
 IDLE_SECONDS = 2.0
-"""How long an unused connection is kept: engines close theirs after 5, and what is sent at that moment is lost."""
+"""How long an unused connection is kept: engines that aren't ours close theirs after 5, and what is sent then is lost."""
+LOST_SECONDS = 1.0
+"""A connection that ends so soon and without a word was closed before the request came: it is sent once more."""
+LOST = (httpx2.RemoteProtocolError, httpx2.ReadError, httpx2.WriteError)
 
 
 class Where(Protocol):
@@ -71,21 +74,34 @@ class EngineClient:
         """ApiError 503 or 504 where there is no answer."""
         async with self._failing():
             kind: dict[str, Any] = {"timeout": seconds} if seconds else {}
-            return await self._http.get(self._url(path), headers=self._headers(), **kind)
+            return await self._send(lambda: self._request("GET", path, **kind))
 
     async def post(self, path: str, body: dict[str, Any]) -> httpx2.Response:
         """The same."""
         async with self._failing():
-            return await self._http.post(self._url(path), content=encode(body), headers=self._headers())
+            return await self._send(lambda: self._request("POST", path, content=encode(body)))
 
     @asynccontextmanager
     async def stream(self, path: str, body: dict[str, Any]) -> AsyncIterator[httpx2.Response]:
         """The answer with its head read; leaving the block ends the request at the engine."""
-        async with (
-            self._failing(),
-            self._http.stream("POST", self._url(path), content=encode(body), headers=self._headers()) as answer,
-        ):
-            yield answer
+        async with self._failing():
+            answer = await self._send(lambda: self._request("POST", path, content=encode(body)), stream=True)
+            try:
+                yield answer
+            finally:
+                await answer.aclose()
+
+    def _request(self, method: str, path: str, **kind: Any) -> httpx2.Request:
+        return self._http.build_request(method, self._url(path), headers=self._headers(), **kind)
+
+    async def _send(self, request: Callable[[], httpx2.Request], stream: bool = False) -> httpx2.Response:
+        began = time.monotonic()
+        try:
+            return await self._http.send(request(), stream=stream)
+        except LOST:
+            if time.monotonic() - began > LOST_SECONDS:
+                raise
+        return await self._http.send(request(), stream=stream)
 
     async def healthy(self) -> bool:
         """Whether the engine answers now. All who ask at a time share one look: /ready is open to everybody."""

@@ -22,6 +22,8 @@ from .settings import ENGINE_KEY, GatewaySettings
 LOOK_SECONDS = 1.0
 LONGEST_PAUSE = 30.0
 STOP_SECONDS = 15.0
+KEEP_SECONDS = 75
+"""How long our engine keeps an idle connection: longer than the gateway does, also when it is too busy to look at the clock."""
 LOG_BYTES = 10 * 2**20
 
 
@@ -193,7 +195,7 @@ def command(settings: GatewaySettings, port: int) -> list[str]:
 
 def environment(settings: GatewaySettings, key: str) -> dict[str, str]:
     """The child's. The key is what it asks of whoever connects: every user of this machine reaches its port."""
-    own = {"VLLM_API_KEY": key, "PYTHONUNBUFFERED": "1"}
+    own = {"VLLM_API_KEY": key, "PYTHONUNBUFFERED": "1", "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": str(KEEP_SECONDS)}
     if settings.engine == "vllm":
         own |= {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
     return {**os.environ, **own}

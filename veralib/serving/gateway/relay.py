@@ -18,6 +18,8 @@ from .metrics import Metrics
 from .models import Names
 from .tenants import Tenant
 
+VERSIONS = 20
+"""How many versions of a model one request follows, where each is outdated when its turn has come."""
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
@@ -85,8 +87,8 @@ class Relay(Response):
         return about.name if self.called == (self.base_name or about.name) else await self.names.live(self.tenant, self.called)
 
     async def _ask(self, asked: str, body: dict[str, Any], ticket: Ticket, scope: Scope, receive: Receive, send: Send) -> None:
-        began = time.perf_counter()
-        for last in (False, True):
+        began, before = time.perf_counter(), ""
+        for attempt in range(VERSIONS):
             async with self.client.stream(self.path, {"model": asked, **body}) as answer:
                 streams = answer.headers.get("content-type", "").startswith("text/event-stream")
                 if answer.status_code == 200 and streams:
@@ -100,10 +102,12 @@ class Relay(Response):
                 raise self.client.failed(answer, asked, self.called)
             if "not_found" not in answer.text and "NotFound" not in answer.text:  # a path that this engine lacks
                 raise ApiError(400, f"The engine has no {self.path} for this model.", code="unsupported")
-            if not last:  # the adapter has a newer version than a moment ago, or the engine has another base model
-                self.metrics.retries.inc()
-                asked = await self._asked(await self.client.about(fresh=True))
-        raise await self.names.unknown(self.tenant, self.called)
+            if asked == before:
+                raise await self.names.unknown(self.tenant, self.called)
+            # The adapter has a newer version than a moment ago, or the engine has another base model.
+            self.metrics.retries.inc()
+            before, asked = asked, await self._asked(await self.client.about(fresh=attempt == 0))
+        raise unavailable("This model gets new versions faster than the engine can be asked for them.", "model_changing")
 
     async def _pass_on(self, answer: httpx2.Response, asked: str, ticket: Ticket, began: float, send: Send) -> None:
         headers = [(k.lower().encode(), v.encode()) for k, v in {"Content-Type": "text/event-stream", **STREAM_HEADERS}.items()]
