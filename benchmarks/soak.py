@@ -33,7 +33,7 @@ RESULTS = measure.ROOT / "results" / "serving"
 RANK, TOKENS, SLOTS = 64, 8, 64
 ENGINE_ARGS = {
     "embedded": f"--slots {SLOTS}",
-    "vllm": "--enforce-eager --dtype float32 --max-model-len 64 --max-num-seqs 64",
+    "vllm": "--enforce-eager --dtype float32 --max-model-len 64 --max-num-seqs 64 --num-gpu-blocks-override 256",
 }
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",

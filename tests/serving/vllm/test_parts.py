@@ -1,5 +1,7 @@
 """The plugin's parts that need no vLLM: settings, the wire, bases, tables and sums, taking hold of a module."""
 
+import asyncio
+import random
 import sys
 import types
 
@@ -9,7 +11,7 @@ import torch
 from veralib.basis import Basis
 from veralib.core import delta
 from veralib.errors import AdapterMismatch, ConfigError, StateError
-from veralib.serving.vllm import patches
+from veralib.serving.vllm import patches, server
 from veralib.serving.vllm.bases import Bases
 from veralib.serving.vllm.manager import Manager
 from veralib.serving.vllm.residents import Residents
@@ -212,6 +214,57 @@ def test_residents_never_evict_what_a_request_waits_for():
     assert core.loaded == {1, 5, 7}  # one in use, two idle
     assert not residents.remove(2**60)  # a0 is in use
     assert residents.remove(2**60 + 4) and not residents.remove(2**60 + 4)
+
+
+def test_what_the_api_server_takes_for_loaded_is_in_the_engine(monkeypatch):
+    """Versions change, requests wait in a queue: the engine core itself never has to read an adapter, which might be damaged."""
+    msgspec = pytest.importorskip("msgspec")
+    fields = [("lora_name", str), ("lora_int_id", int), ("lora_path", str), ("load_inplace", bool, False)]
+    for name in ("vllm", "vllm.lora", "vllm.lora.request"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    sys.modules["vllm.lora.request"].LoRARequest = msgspec.defstruct("LoRARequest", fields)
+    versions = dict.fromkeys((f"n{k}" for k in range(60)), 1)
+    for name, stub in {
+        "check_with_lora": lambda config: None,
+        "open_store": lambda url: None,
+        "engine_name": lambda store, plain: f"{plain}@{versions[plain]}-000000000000",
+        "read": lambda *args: None,
+        "pack": lambda vectors: "packed",
+    }.items():
+        monkeypatch.setattr(server, name, stub)
+
+    class Reading(Core):
+        paths = ()
+
+        def collective_rpc(self, method, args):
+            self.paths += (args[0].lora_path,) if method == "add_lora" else ()
+            return super().collective_rpc(method, args)
+
+    core = Reading()
+    residents = Residents(core, 32)
+
+    class Client:
+        vllm_config = types.SimpleNamespace(lora_config=types.SimpleNamespace(max_cpu_loras=32))
+
+        async def add_lora(self, request):
+            residents.add(request)
+
+    adapters = server.Adapters(types.SimpleNamespace(engine_client=Client(), lora_requests={}), Settings(store="s"))
+    draw, queue = random.Random(0), []
+
+    async def load():
+        for step in range(4000):
+            name = f"n{min(59, int(draw.expovariate(0.06)))}"
+            versions[name] += draw.random() < 0.2
+            queue.append(await adapters.request_for(name))
+            if len(queue) > 6:
+                request = types.SimpleNamespace(lora_request=queue.pop(draw.randrange(3)))
+                residents.admit(request)
+                core.scheduler.requests[step] = request
+                core.scheduler.requests.pop(step - 8, None)
+
+    asyncio.run(load())
+    assert len(core.paths) > 500 and set(core.paths) == {"packed"}
 
 
 def test_a_vllm_that_differs_is_refused_in_words(monkeypatch):

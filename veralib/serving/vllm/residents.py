@@ -69,7 +69,8 @@ class Residents:
         if len(self.held) + more <= self.capacity:
             return
         in_use = self._in_use()
-        # Only idle ones count: what an API server used among its last `capacity` names is then always here.
+        # Only idle ones count. An API server relies on what it used among its last capacity / 2 names: that is here, unless
+        # as many new versions came meanwhile.
         surplus = len(self.held) - len(in_use) - self.capacity + more
         idle = (given for given, number in self.held.items() if number not in in_use)
         for given in list(islice(idle, max(0, surplus))):

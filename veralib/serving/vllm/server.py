@@ -45,7 +45,8 @@ class Adapters:
         check_with_lora(config)
         self.models, self.settings = models, settings
         self.store = open_store(settings.store)
-        self.capacity: int = config.lora_config.max_cpu_loras
+        # Half of what the engine keeps: superseded versions, and requests queued in another order, may push out the rest.
+        self.capacity: int = max(1, config.lora_config.max_cpu_loras // 2)
         self.loaded: OrderedDict[str, str] = OrderedDict()
         """name -> the version that the engine has been given; who was asked for longest ago first."""
         self._current: dict[str, tuple[float, str]] = {}
