@@ -44,7 +44,7 @@ def losses(trainer) -> list[float]:
 
 def test_every_example_has_a_test():
     tested = {name.removeprefix("test_").removesuffix("_example") for name in globals() if name.endswith("_example")}
-    assert set(SCRIPTS) == tested and len(SCRIPTS) == 7
+    assert set(SCRIPTS) == tested and len(SCRIPTS) == 8
 
 
 def test_trainer_example(run, tmp_path):
