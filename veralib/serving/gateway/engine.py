@@ -100,7 +100,7 @@ class ChildEngine(Engine):
         port = free_port()
         argv = command(self.settings, port)
         if shutil.which(argv[0]) is None:
-            LOG.error('can\'t start the engine: "%s" is no program', argv[0])
+            LOG.error('can\'t start the engine: "%s" is no program. Give its Python with --engine-python', argv[0])
             return
         self.log.parent.mkdir(parents=True, exist_ok=True)
         if self.log.is_file() and self.log.stat().st_size > LOG_BYTES:
