@@ -5,7 +5,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.conftest import randomise, tiny_llama, tokens
-from tests.test_model import logits, three_adapters
+from tests.reference import logits, three_adapters
 from veralib import VeraConfig, attach
 
 

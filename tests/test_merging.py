@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.conftest import randomise, tiny_bert, tiny_gpt2, tiny_llama, tokens
-from tests.test_model import logits
+from tests.reference import logits
 from veralib import StateError, VeraConfig, VeraWarning, attach
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from tests.conftest import randomise, tiny_llama, tokens
-from tests.test_trainer import NOT_THE_MODEL, causal_rows, logits, make_trainer, same, vectors
+from tests.trainers import NOT_THE_MODEL, causal_rows, logits, make_trainer, same, vectors
 from veralib import AdapterMismatch, VeraConfig, VeraWarning, attach, load_adapter
 from veralib.linears import read_weight
 

@@ -1,71 +1,22 @@
 """vera fleet train: every owner gets an adapter of its own, whoever else is there and however often it was interrupted."""
 
-import itertools
 import json
-import os
-import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
+from tests.fleet.workshop import SIZES, changed, flat, sentences, worker
 from tests.training import tiny
-from veralib import AdapterMismatch, ConfigError, DataError, StateError, UnknownName, VeraConfig, attach, load_adapter
+from veralib import ConfigError, DataError, StateError, attach, load_adapter
 from veralib.cli import build
-from veralib.fleet import FleetAdamW
-from veralib.fleet import folder as files
 from veralib.fleet import run as run_module
-from veralib.fleet.batches import Order, OwnerData, choose
-from veralib.fleet.data import owner_data, read_owners
-from veralib.fleet.run import FleetResult, train_fleet, update_owner
-from veralib.fleet.settings import FleetSettings
-from veralib.fleet.trainer import FleetTrainer, OwnerResult, Plan
+from veralib.fleet.data import read_owners
+from veralib.fleet.run import train_fleet
 from veralib.store import open_store
 from veralib.training.data import read_rows
 from veralib.training.loading import Base
-
-SIZES = {"ann": 40, "bob": 5, "c/../d": 17, "🦆": 9, "eve": 23, "one": 1}
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    return tiny.make_llama(tmp_path_factory.mktemp("llama"))
-
-
-def sentences(owner: str, count: int, seed: int = 0) -> list[dict]:
-    """Each owner says the same things of other animals, in sentences of several lengths."""
-    chooser = random.Random(f"{owner}/{seed}")
-    animal = ["cat", "dog", "bird", "fish"][sum(map(ord, owner)) % 4]
-    word = lambda: ["the", animal, "likes", "the", chooser.choice(["red", "blue"]), "house"]  # noqa: E731
-    texts = [" ".join(w for _ in range(chooser.randint(1, 4)) for w in word()) for _ in range(count)]
-    return [{"owner": owner, "text": text} for text in texts]
-
-
-@pytest.fixture
-def rows(tmp_path) -> Path:
-    path = tmp_path / "rows.jsonl"
-    everything = [row for owner, count in SIZES.items() for row in sentences(owner, count)]
-    random.Random(0).shuffle(everything)
-    tiny.write_jsonl(path, everything)
-    return path
-
-
-@pytest.fixture
-def settings(base, rows, tmp_path) -> FleetSettings:
-    return FleetSettings(
-        model=base, data=rows, output=tmp_path / "fleet", rank=8, epochs=2, slots=3, batch_rows=8, lr=2e-2, seed=3, plot=False
-    )
-
-
-def changed(settings: FleetSettings, **changes) -> FleetSettings:
-    return FleetSettings(**{**{n: getattr(settings, n) for n in settings.model_fields_set}, **changes})
-
-
-def flat(store, name: str) -> torch.Tensor:
-    return torch.cat([t for pair in store.get(name).vectors.values() for t in pair])
 
 
 def test_every_owner_gets_an_adapter_and_improves(settings):
@@ -120,14 +71,6 @@ def test_started_again_it_skips_the_finished_and_adds_the_new(settings, rows):
     assert "new" in store
     with pytest.raises(StateError, match=r"other settings.*lr was 0.02, now 0.5"):
         train_fleet(changed(settings, lr=0.5))
-
-
-def worker(settings: FleetSettings, *arguments: str, launcher: tuple[str, ...] = ()):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *launcher, "-m", "tests.fleet.worker"] if not launcher else [sys.executable, *launcher]
-    values = json.dumps({n: v for n, v in settings.to_dict().items() if n in settings.model_fields_set})
-    root = Path(__file__).parents[2]
-    return subprocess.run([*command, values, *arguments], capture_output=True, text=True, env=environment, cwd=root)
 
 
 def test_killed_it_goes_on_where_everyone_stood(settings, tmp_path):
@@ -221,87 +164,6 @@ def test_a_shared_start_reads_no_more_than_it_may(settings, base):
     assert len(some.train) + len(some.validation) == 20 and all(e in everything.train for e in some.train)
 
 
-# What earlier rows and base weights mean
-
-
-def test_what_trained_once_is_never_held_out_later(settings):
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(settings.model)
-    mine = [{"text": " ".join(p)} for p in itertools.permutations(["the", "cat", "likes", "red"])]
-    ids = lambda examples: {tuple(e["input_ids"]) for e in examples}  # noqa: E731
-    made = lambda rows: owner_data("ann", rows, tokenizer, settings, settings.row_settings(), 64)  # noqa: E731
-    before = made(mine[:8])
-    for count in range(9, 25):
-        after = made(mine[:count])
-        assert not ids(before.train) & ids(after.validation) and len(after.train) + len(after.validation) == count
-        before = after
-    assert 1 <= len(before.validation) <= 12
-
-
-def test_a_standing_state_of_other_rows_or_weights_is_not_used(settings, rows, tmp_path):
-    assert worker(settings, "4").returncode == -9
-    standing = files.standing(tmp_path / "fleet")
-    name, state = next(iter(standing.items()))
-    everything = read_rows(rows)
-    for row in everything:  # as many rows, and so as many steps, of which one is another
-        if row["owner"] == name:
-            row["text"] = "the dog eats the tree and the dog eats the tree"
-            break
-    tiny.write_jsonl(rows, everything)
-    fresh = changed(settings, output=str(tmp_path / "fresh"))
-    train_fleet(fresh)
-    train_fleet(settings)
-    first, second = open_store(tmp_path / "fresh/store"), open_store(tmp_path / "fleet/store")
-    torch.testing.assert_close(flat(first, name), flat(second, name), rtol=1e-3, atol=2e-5)
-    from transformers import AutoModelForCausalLM
-
-    fleet = attach(AutoModelForCausalLM.from_pretrained(settings.model)).fleet(settings.vera_config(), 1)
-    files.save_standing(files.standing_file(tmp_path / "fleet", 0), {name: {**state, "base": "other weights"}})
-    assert run_module._Standing(tmp_path / "fleet", 0, fleet).saved() == {}
-
-
-def test_an_owner_begins_on_no_other_weights_than_its_start(settings, tmp_path):
-    train_fleet(settings)
-    adapter = open_store(tmp_path / "fleet/store").get("ann")
-    from transformers import AutoModelForCausalLM
-
-    other = AutoModelForCausalLM.from_pretrained(settings.model)
-    with torch.no_grad():
-        for parameter in other.parameters():
-            parameter.mul_(1.1)
-    fleet = attach(other).fleet(settings.vera_config(), 1)
-    with pytest.raises(AdapterMismatch, match="other weights"):
-        fleet.add("ann", start=adapter)
-    assert fleet.free == 1
-
-
-def test_owners_are_read_when_a_slot_is_free(settings, tmp_path, base):
-    folder = tmp_path / "owners"
-    folder.mkdir()
-    for owner in ("ann", "bob", "cat"):
-        tiny.write_jsonl(folder / f"{owner}.jsonl", sentences(owner, 5))
-    (folder / "broken.jsonl").write_text("{")
-    read = []
-    owners = read_owners(changed(settings, data=str(folder)))
-    assert len(owners.rows) == 4
-    vera = attach(__import__("transformers").AutoModelForCausalLM.from_pretrained(base))
-    fleet = vera.fleet(settings.vera_config(), 1)
-    trainer = FleetTrainer(fleet, FleetAdamW(fleet), Plan(epochs=1))
-
-    def source():
-        for data in make_data({"ann": 5, "bob": 5, "cat": 5}):
-            read.append(data.name)
-            yield data
-
-    seen = []
-    for result, _ in trainer.run(source()):
-        seen.append((result.name, len(read)))
-    assert seen == [("ann", 1), ("bob", 2), ("cat", 3)]
-    found = train_fleet(changed(settings, data=str(folder), output=str(tmp_path / "by file")))
-    assert set(found.owners) == {"ann", "bob", "cat"} and "broken" in found.unusable
-
-
 def test_a_new_store_is_of_the_kind_asked_for(settings, tmp_path):
     where = str(tmp_path / "elsewhere")
     asked = changed(settings, store=where, store_kind="packed", precision="bfloat16", epochs=1)
@@ -310,156 +172,6 @@ def test_a_new_store_is_of_the_kind_asked_for(settings, tmp_path):
     assert type(store).__name__ == "PackedStore" and store.precision == "bfloat16" and len(store) == len(SIZES)
     with pytest.raises(StateError, match="store was"):
         train_fleet(changed(asked, store=str(tmp_path / "third")))
-
-
-def test_an_update_that_diverges_leaves_what_was_there(settings, monkeypatch):
-    train_fleet(settings)
-    monkeypatch.setattr(FleetTrainer, "run", lambda self, owners: iter([(diverged, None)]))
-    diverged = OwnerResult("bob", "diverged", 5, 1, 3.0, float("nan"))
-    said = []
-    assert update_owner(settings.output, "bob", [], said.append).status == "diverged"
-    assert "diverged" in said[-1] and files.ended(Path(settings.output))["bob"]["status"] == "trained"
-
-
-def test_a_loss_that_overflowed_is_left_out_of_the_means():
-    line = {"status": "trained", "held_out": 3, "bytes": 8, "loss_before": 2.0, "loss_after": 1.0}
-    owners = {"ann": line, "bob": {**line, "loss_after": None}}
-    found = FleetResult(owners, {}, 0, 1.0, 1, 0, 1, 1, "store").summary()
-    assert (found["loss_before"], found["loss_after"], found["improved"], found["owners"]) == (2.0, 1.0, 1, 2)
-    nobody = FleetResult({"ann": {**line, "held_out": 0}}, {}, 0, 1.0, 1, 0, 1, 1, "store").summary()
-    assert nobody["loss_before"] is None
-
-
-def test_a_file_of_settings_counts_for_a_new_base_too(settings, tmp_path):
-    train_fleet(settings)
-    (tmp_path / "new.yaml").write_text(f"output: {tmp_path / 'by yaml'}\nepochs: 1\n")
-    words = ["fleet", "train", str(tmp_path / "new.yaml"), "--base", settings.model, "--from", settings.output]
-    done = CliRunner().invoke(build(), words)
-    assert done.exit_code == 0, done.output
-    written = files.read_settings(tmp_path / "by yaml")
-    assert written["epochs"] == 1 and written["rank"] == 8
-
-
-def test_update_goes_on_with_one_owner(settings, tmp_path):
-    train_fleet(settings)
-    store = open_store(Path(settings.output) / "store")
-    others = {n: flat(store, n) for n in SIZES if n != "bob"}
-    old = flat(store, "bob")
-    result = update_owner(settings.output, "bob", sentences("bob", 12, seed=1), lambda line: None)
-    assert result.examples + result.held_out == 17 and result.version == 2
-    assert not torch.equal(flat(store, "bob"), old) and torch.equal(flat_version(store, "bob", 1), old)
-    assert all(torch.equal(flat(store, n), v) for n, v in others.items())
-    assert result.loss_after < result.loss_before
-    with pytest.raises(UnknownName, match='no adapter "bo"'):
-        update_owner(settings.output, "bo", [], lambda line: None)
-
-
-def flat_version(store, name, version):
-    return torch.cat([t for pair in store.get(name, version).vectors.values() for t in pair])
-
-
-def test_a_new_base_retrains_everyone_from_the_kept_rows(settings, rows, tmp_path):
-    run = lambda *words: CliRunner().invoke(build(), ["fleet", *words])  # noqa: E731
-    flags = [f"--{k.replace('_', '-')}={v}" for k, v in settings.to_dict().items()
-             if k in settings.model_fields_set and k not in ("plot", "data")]  # fmt: skip
-    done = run("train", *flags, "--data", str(rows))
-    assert done.exit_code == 0 and "owners that got better" in done.output and (tmp_path / "fleet/plot.png").exists(), done.output
-    rows.unlink()
-    new = tiny.make_llama(tmp_path / "new base")
-    again = run("train", "--base", str(new), "--from", settings.output, "--output", str(tmp_path / "second"))
-    assert again.exit_code == 0, again.output
-    first, second = open_store(tmp_path / "fleet/store"), open_store(tmp_path / "second/store")
-    assert sorted(first.names()) == sorted(second.names()) == sorted(SIZES)
-    status = run("status", str(tmp_path / "second")).output
-    assert "finished" in status and "not finished" not in status
-    refused = run("train", "--base", str(new), "--from", settings.output)
-    assert refused.exit_code == 1 and "another --output" in refused.output
-
-
-# Steps and batches
-
-
-def make_data(sizes: dict[str, int], long: int = 12) -> list[OwnerData]:
-    chooser = random.Random(0)
-    lengths = lambda: chooser.randint(3, long)  # noqa: E731
-    return [
-        OwnerData(n, [{"input_ids": [5] * k, "labels": [5] * k} for k in (lengths() for _ in range(c))])
-        for n, c in sizes.items()
-    ]  # fmt: skip
-
-
-def test_each_epoch_has_every_row_once_in_an_order_of_the_owners_own():
-    (data,) = make_data({"ann": 23})
-    order = Order(data, 4, 3, seed=1)
-    seen = []
-    while not order.done:
-        seen.append([id(e) for e in order.rows()])
-        order.taken += 1
-    epochs = [[row for step in seen[6 * k : 6 * k + 6] for row in step] for k in range(3)]
-    assert all(sorted(e) == sorted(map(id, data.train)) for e in epochs) and epochs[0] != epochs[1]
-    assert len(seen) == order.total == 18
-
-
-def test_batches_are_full_and_hardly_padded():
-    orders = [Order(d, 4, 2, seed=0) for d in make_data({f"o{i}": 5 + 37 * i % 60 for i in range(40)}, long=200)]
-    sizes, tokens, cells = [], 0, 0
-    while waiting := [o for o in orders if not o.done]:
-        chosen = choose(waiting, 32)
-        rows = [e for o in chosen for e in o.rows()]
-        sizes.append(len(rows))
-        tokens += sum(len(e["input_ids"]) for e in rows)
-        cells += len(rows) * max(len(e["input_ids"]) for e in rows)
-        assert len(rows) <= 32 and len({o.data.name for o in chosen}) == len(chosen)
-        for o in chosen:
-            o.taken += 1
-    assert sum(s >= 28 for s in sizes) > 0.8 * len(sizes)
-    assert tokens / cells > 0.6  # rows drawn blindly: 0.5
-
-
-def test_patience_stops_an_owner_at_its_best_and_frees_its_slot(base):
-    from transformers import AutoModelForCausalLM
-
-    vera = attach(AutoModelForCausalLM.from_pretrained(base))
-    fleet = vera.fleet(VeraConfig(rank=8, targets="all-linear"), slots=1)
-    optimizer = FleetAdamW(fleet, lr=0.3)  # far too much: held-out loss rises after a few epochs
-    chooser = random.Random(0)
-    rows = lambda n: [{"input_ids": ids, "labels": ids} for ids in ([2, *chooser.choices(range(7, 20), k=9)] for _ in range(n))]  # noqa: E731
-    owners = [OwnerData(f"o{i}", rows(8), rows(4)) for i in range(3)]
-    trainer = FleetTrainer(fleet, optimizer, Plan(epochs=60, patience=2))
-    found = list(trainer.run(owners))
-    assert [r.name for r, _ in found] == ["o0", "o1", "o2"]  # one slot: one after another
-    for result, adapter in found:
-        assert result.status == "stopped" and result.steps < 120
-        fleet.add("again", start=adapter)
-        trainer.running["again"] = type("R", (), {"order": Order(next(o for o in owners if o.name == result.name), 4, 1, 0)})()
-        assert trainer.held_out_scores(["again"])["again"].loss == pytest.approx(result.loss_after, rel=1e-6)
-        trainer.running.clear()
-        fleet.remove("again")
-
-
-def test_one_diverging_owner_is_reported_and_the_others_are_bit_equal(base):
-    from transformers import AutoModelForCausalLM
-
-    ends = {}
-    for poisoned in (False, True):
-        vera = attach(AutoModelForCausalLM.from_pretrained(base))
-        fleet = vera.fleet(VeraConfig(rank=8, targets="all-linear"), slots=3)
-        trainer = FleetTrainer(fleet, FleetAdamW(fleet, lr=1e-2), Plan(epochs=3, batch_rows=12))
-
-        def poison(t, fleet=fleet):
-            if t.steps == 2:
-                fleet.bank.row(fleet.slot("bob"))[:8] = float("inf")
-
-        trainer.on_step = poison if poisoned else None
-        ends[poisoned] = {r.name: (r, torch.cat([t for p in a.vectors.values() for t in p]))
-                          for r, a in trainer.run(make_data({"ann": 12, "bob": 14, "cat": 9, "dan": 6}))}  # fmt: skip
-    assert {n: r.status for n, (r, _) in ends[True].items()} == {
-        "ann": "trained", "bob": "diverged", "cat": "trained", "dan": "trained"}  # fmt: skip
-    for name in ("ann", "cat", "dan"):
-        assert torch.equal(ends[False][name][1], ends[True][name][1])
-
-
-# Bad input
 
 
 def test_bad_inputs(settings, rows, tmp_path, base):

@@ -1,5 +1,6 @@
 """PEFT folders in every variant, with vectors as if trained, and the logits PEFT itself gives with them."""
 
+import json
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -7,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.conftest import tiny_bert, tiny_gpt2, tiny_llama, tokens
+from veralib import attach
 
 TOLERANCE = 1e-5  # float32 logits of size 1: another order of the same additions
 
@@ -86,3 +89,20 @@ def logits(model) -> torch.Tensor:
 
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).abs().max())
+
+
+def ours(base, adapter) -> torch.Tensor:
+    vera = attach(base)
+    vera.load(adapter, name="a")
+    vera.use("a")
+    return logits(base)
+
+
+def edit_config(folder, **changes):
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def edit_tensors(folder, change):
+    file = folder / "adapter_model.safetensors"
+    save_file(change(load_file(file)), file)

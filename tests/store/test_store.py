@@ -1,45 +1,16 @@
-"""A store gives back what was put, under any name, whoever is killed, and says so when it can't."""
+"""A store gives back what was put, under any name, in every version."""
 
-import errno
 import os
-import random
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
-from tests.conftest import randomise, tiny_bert, tiny_llama
+from tests.conftest import tiny_bert, tiny_llama
 from tests.store.killing import filled
+from tests.store.samples import equal, trained
 from veralib import ConfigError, StoreError, UnknownName, VeraConfig, attach
 from veralib.store import CachedStore, open_store
-
-KINDS = ("folder", "packed", "memory")
-
-
-def trained(config=None, build=tiny_llama, seed=0):
-    vera = attach(build(), config or VeraConfig(rank=8, targets="all-linear"))
-    randomise(vera, "default", seed)
-    return vera.adapter()
-
-
-@pytest.fixture(params=KINDS)
-def place(request, tmp_path):
-    """(where, kind) of a store that isn't there yet."""
-    pytest.importorskip("fsspec")
-    if request.param == "memory":
-        return f"memory://{tmp_path.name}-{random.random()}", None
-    return str(tmp_path / "store"), request.param
-
-
-def equal(a, b) -> bool:
-    same = a.config == b.config and a.basis == b.basis and a.base == b.base and dict(a.layer_ids) == dict(b.layer_ids)
-    pairs = [(x, y) for u in a.vectors for x, y in zip(a.vectors[u], b.vectors[u], strict=True)]
-    pairs += [(a.biases[n], b.biases[n]) for n in a.biases]
-    pairs += [(t, b.modules[n][k]) for n, state in a.modules.items() for k, t in state.items()]
-    return same and list(a.vectors) == list(b.vectors) and all(torch.equal(x, y) for x, y in pairs)
 
 
 @pytest.mark.parametrize(
@@ -185,151 +156,6 @@ def test_compact_keeps_what_is_wanted(tmp_path):
     assert store.current("owner 7") == 21
 
 
-def test_a_compaction_that_failed_brings_nobody_back(tmp_path, monkeypatch):
-    adapter = trained()
-    store = open_store(tmp_path, kind="packed")
-    for v in (1.0, 2.0, 3.0):
-        store.put_many([(f"owner {i}", filled(adapter, v)) for i in range(6)])
-
-    def full(_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    real, written = store._append, []
-
-    def once(index, records, *place):
-        written.append(real(index, records[:9], *place))  # some are copied, then the disk is full
-        with monkeypatch.context() as m:
-            m.setattr(os, "fsync", full)
-            return real(index, records[9:], *place)
-
-    monkeypatch.setattr(store, "_append", once)
-    with pytest.raises(StoreError, match="disk is full"):
-        store.compact()
-    monkeypatch.undo()
-    assert written
-    other = open_store(tmp_path)
-    other.delete("owner 1")
-    other.put("owner 2", filled(adapter, 9.0))
-    for s in (open_store(tmp_path), store):
-        assert sorted(s.names()) == [f"owner {i}" for i in (0, 2, 3, 4, 5)]
-        assert next(iter(s.get("owner 2").vectors.values()))[0][0] == 9.0
-    store.compact()
-    assert sorted(open_store(tmp_path).names()) == [f"owner {i}" for i in (0, 2, 3, 4, 5)]
-    assert len(list(tmp_path.glob("data-*"))) == 1
-
-
-# Damage
-
-
-def test_a_damaged_record_costs_no_other_when_the_index_is_lost(tmp_path):
-    adapter = trained()
-    store = open_store(tmp_path, kind="packed")
-    places = []
-    for i in range(6):
-        places.append((tmp_path / "data-000001.vera").stat().st_size if i else 0)
-        store.put(f"owner {i}", filled(adapter, float(i)))
-    store.close()
-    data = bytearray((tmp_path / "data-000001.vera").read_bytes())
-    data[places[2] + 200] ^= 1  # the payload of the third
-    data[places[4]] ^= 1  # the first byte of the fifth
-    (tmp_path / "data-000001.vera").write_bytes(data)
-    for file in tmp_path.glob("index.sqlite*"):
-        file.unlink()
-    again = open_store(tmp_path)
-    assert sorted(again.names()) == [f"owner {i}" for i in (0, 1, 3, 5)] and again.damaged == 2
-    again.put("owner 4", filled(adapter, 44.0))
-    last = open_store(tmp_path)
-    assert next(iter(last.get("owner 5").vectors.values()))[0][0] == 5.0
-    assert next(iter(last.get("owner 4").vectors.values()))[0][0] == 44.0
-
-
-def test_a_record_of_a_newer_format_is_refused_not_written_over(tmp_path):
-    store = open_store(tmp_path, kind="packed")
-    store.put("ann", trained())
-    store.put("bob", trained())
-    store.close()
-    file = tmp_path / "data-000001.vera"
-    data = bytearray(file.read_bytes())
-    data[len(data) // 2 + 4] = 2
-    file.write_bytes(data)
-    for index in tmp_path.glob("index.sqlite*"):
-        index.unlink()
-    with pytest.raises(StoreError, match=r"format 2.*Upgrade"):
-        open_store(tmp_path)
-    assert file.read_bytes() == data
-
-
-def test_a_cut_packed_file_keeps_its_complete_records(tmp_path):
-    adapter = trained()
-    store = open_store(tmp_path, kind="packed")
-    ends = []
-    for i in range(10):
-        store.put(f"owner {i}", filled(adapter, float(i)))
-        ends.append((tmp_path / "data-000001.vera").stat().st_size)
-    store.close()
-    os.truncate(tmp_path / "data-000001.vera", ends[6] + 100)
-    again = open_store(tmp_path)
-    assert sorted(again.names()) == [f"owner {i}" for i in range(7)]
-    assert next(iter(again.get("owner 6").vectors.values()))[0][0] == 6.0
-    again.put("owner 8", filled(adapter, 88.0))
-    assert next(iter(open_store(tmp_path).get("owner 8").vectors.values()))[0][0] == 88.0
-
-
-def test_a_lost_index_is_made_anew(tmp_path):
-    adapter = trained()
-    store = open_store(tmp_path, kind="packed")
-    for v in (1.0, 2.0):
-        store.put_many([(f"owner {i}", filled(adapter, v)) for i in range(4)])
-    store.delete("owner 3")
-    store.close()
-    for file in tmp_path.glob("index.sqlite*"):
-        file.unlink()
-    again = open_store(tmp_path)
-    assert again.recovered == 8 and sorted(again.names()) == ["owner 0", "owner 1", "owner 2"]
-    assert [v.number for v in again.versions("owner 0")] == [1, 2] and equal(again.get("owner 0"), filled(adapter, 2.0))
-
-
-@pytest.mark.parametrize("kind", ["folder", "packed"])
-def test_a_flipped_bit_is_found(tmp_path, kind):
-    store = open_store(tmp_path, kind=kind)
-    store.put("ann", trained())
-    file = next(tmp_path.rglob("*.vera"))
-    whole = file.read_bytes()
-    chooser = random.Random(0)
-    for _ in range(64):
-        data = bytearray(whole)
-        data[chooser.randrange(len(data))] ^= 1 << chooser.randrange(8)
-        file.write_bytes(data)
-        with pytest.raises(StoreError):
-            _fresh(store).get("ann")
-    file.write_bytes(whole)
-    assert equal(_fresh(store).get("ann"), trained())
-
-
-def _fresh(store):
-    getattr(store, "_maps", {}).clear()  # a mapped file that was written anew is another one
-    return store
-
-
-@pytest.mark.parametrize("kind", ["folder", "packed"])
-def test_a_full_disk_leaves_the_old_version(tmp_path, kind, monkeypatch):
-    adapter = trained()
-    store = open_store(tmp_path, kind=kind)
-    store.put("ann", adapter)
-
-    def full(_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with monkeypatch.context() as m:
-        m.setattr(os, "fsync", full)
-        with pytest.raises(StoreError, match="disk is full"):
-            store.put("ann", filled(adapter, 5.0))
-    for s in (store, open_store(tmp_path)):
-        assert equal(s.get("ann"), adapter)
-    assert store.put("ann", filled(adapter, 6.0)) == 2
-    assert not list(tmp_path.glob("tmp/*"))
-
-
 def test_bad_stores_and_settings(tmp_path):
     adapter = trained()
     (tmp_path / "photos").mkdir()
@@ -356,89 +182,6 @@ def test_bad_stores_and_settings(tmp_path):
     about.write_text("{")
     with pytest.raises(StoreError, match="can't be read"):
         open_store(tmp_path / "s")
-
-
-def test_a_lost_configuration_is_named(tmp_path):
-    open_store(tmp_path).put("ann", trained())
-    next((tmp_path / "configurations").iterdir()).unlink()
-    with pytest.raises(StoreError, match="is gone: restore it"):
-        open_store(tmp_path).get("ann")
-
-
-# Many at once
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["folder", "packed"])
-def test_two_hundred_kills(tmp_path, kind):
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.store.killing", kind, str(tmp_path / "s"), "200"],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[2],
-    )
-    assert done.returncode == 0, done.stderr
-    words = done.stdout.split()
-    assert words[0] == "200" and words[-2:] == ["0", "broken"] and int(words[2]) > 100, done.stdout
-
-
-@pytest.mark.parametrize("kind", ["folder", "packed"])
-def test_concurrent_writers_of_one_name(tmp_path, kind):
-    adapter = trained(VeraConfig(rank=64, targets="all-linear"))
-    open_store(tmp_path / "s", kind=kind).put("ann", filled(adapter, 1000.0))
-    children = []
-    for writer in range(4):
-        child = os.fork()
-        if child == 0:
-            try:
-                store = open_store(tmp_path / "s")
-                for i in range(25):
-                    store.put("ann", filled(adapter, float(100 * writer + i)))
-                os._exit(0)
-            finally:
-                os._exit(1)
-        children.append(child)
-    store, reads = open_store(tmp_path / "s"), 0
-    while children:
-        flat = torch.cat([t for pair in store.get("ann").vectors.values() for t in pair])
-        assert (flat == flat[0]).all()
-        reads += 1
-        done, status = os.waitpid(children[0], os.WNOHANG)
-        if done:
-            assert status == 0
-            children.pop(0)
-    value = next(iter(store.get("ann").vectors.values()))[0][0].item()
-    assert value % 100 == 24 and reads > 4
-    if kind == "packed":
-        assert store.current("ann") == 101
-
-
-# The cache
-
-
-def test_cache_counts_and_bounds(tmp_path):
-    adapter = trained()
-    store = open_store(tmp_path)
-    for i in range(5):
-        store.put(f"{i}", filled(adapter, float(i)))
-    cache = CachedStore(store, max_bytes=3 * adapter.bytes)
-    for name in "0120123401":
-        assert next(iter(cache.get(name).vectors.values()))[0][0] == float(name)
-    found = cache.statistics
-    assert (found.hits, found.misses, found.adapters, found.bytes) == (3, 7, 3, 3 * adapter.bytes)
-    store.put("1", filled(adapter, 11.0))  # a changed adapter answers the next request
-    assert next(iter(cache.get("1").vectors.values()))[0][0] == 11.0
-    store.delete("1")
-    with pytest.raises(UnknownName):
-        cache.get("1")
-    lazy = CachedStore(store, check_every=60.0)
-    lazy.get("2")
-    store.put("2", filled(adapter, 22.0))
-    assert next(iter(lazy.get("2").vectors.values()))[0][0] == 2.0
-    assert next(iter(cache.get("2").vectors.values()))[0][0] == 22.0
-    small = CachedStore(store, max_bytes=10)
-    small.get("2")
-    assert small.statistics.adapters == 0
 
 
 def test_a_cache_never_serves_a_deleted_adapter(place):

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.test_format import SAMPLES, canonical, pack, peft, plain, same, unpack
+from tests.format.reader import canonical, pack
+from tests.format.samples import SAMPLES, peft, plain, same, unpack
 from veralib.checks import faults
 from veralib.errors import AdapterFileError, VeraError
 from veralib.format import load_adapter, read_header, save_adapter
