@@ -9,10 +9,6 @@ import argparse
 import json
 import os
 import random
-import subprocess
-import sys
-import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,12 +23,12 @@ from veralib.fleet import FleetAdamW, owner_loss
 
 from . import measure
 from .fleet_page import OWNERS, render
+from .fleet_runs import LR, runs
 from .models import SHAPES, Contestant, base_model, contest, frozen_tensors
 
 BATCHES = {"64x64": (64, 64), "16x256": (16, 256)}
 RANKS = (64, 256)
 RECOMPUTED = ", B u recomputed"
-LR = 1e-2
 FLOOR = "the base alone, nothing trained"
 REFERENCE = "PEFT LoRA r=8"
 
@@ -194,119 +190,6 @@ def steps(batch: str, shape: str, rounds: int, log: Callable[[str], None]) -> di
     order = [name for group in groups(rows) for name, *_ in group]
     contestants = {name: facts[name] for name in dict.fromkeys(order)}
     return {"batch": batch, "rows": rows, "length": length, "shape": shape, "rounds": rounds, "contestants": contestants}
-
-
-# End to end
-
-
-def owners_data(count: int, examples: int, length: int, vocabulary: int) -> dict[str, Tensor]:
-    """Token rows of each owner."""
-    generator = torch.Generator().manual_seed(1)
-    return {f"owner {i}": torch.randint(3, vocabulary, (examples, length), generator=generator) for i in range(count)}
-
-
-def train_one(model: nn.Module, rows: Tensor, epochs: int = 1, batch: int = 4) -> None:
-    """PEFT's one owner: AdamW, `batch` rows a step."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-3, fused=True)
-    for _ in range(epochs):
-        for part in rows.split(batch):
-            model(input_ids=part, labels=part).loss.backward()
-            torch.nn.utils.clip_grad_norm_(trained, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-
-
-def run_fleet(shape: str, examples: int, owners: int, length: int, folder: Path) -> float:
-    """Seconds of a fleet from data to saved adapters, base loaded already."""
-    from veralib.fleet.batches import OwnerData
-    from veralib.fleet.trainer import FleetTrainer, Plan
-    from veralib.store import open_store
-
-    model = base_model(SHAPES[shape]).eval()
-    data = owners_data(owners, examples, length, SHAPES[shape].vocabulary)
-    start = time.perf_counter()
-    vera = attach(model)
-    fleet = vera.fleet(VeraConfig(rank=64, targets=SHAPES[shape].targets), slots=owners)
-    optimizer = FleetAdamW(fleet, lr=LR, max_norm=1.0)
-    trainer = FleetTrainer(fleet, optimizer, Plan(epochs=1, owner_rows=4, batch_rows=64, measure=False))
-    store = open_store(folder)
-    everyone = [OwnerData(n, [{"input_ids": r.tolist(), "labels": r.tolist()} for r in rows]) for n, rows in data.items()]
-    for result, adapter in trainer.run(everyone):
-        store.put(result.name, adapter)
-    return time.perf_counter() - start
-
-
-def run_peft(shape: str, method: Any, rank: int, examples: int, owners: int, length: int, folder: Path) -> float:
-    """Seconds for PEFT's owners one after another on one base, adapters added, trained, saved and removed."""
-    import peft
-
-    model = base_model(SHAPES[shape]).eval()
-    data = owners_data(owners, examples, length, SHAPES[shape].vocabulary)
-    start = time.perf_counter()
-    for name, rows in data.items():
-        adapted = contest_in_place(model, shape, method, rank)
-        train_one(adapted, rows)
-        adapted.save_pretrained(folder / name)
-        model = adapted.unload()
-        assert not isinstance(model, peft.PeftModel)
-    return time.perf_counter() - start
-
-
-def contest_in_place(model: nn.Module, shape: str, method: Any, rank: int) -> Any:
-    """PEFT on the model itself, without a copy."""
-    import peft
-
-    targets: Any = SHAPES[shape].targets
-    config: peft.PeftConfig
-    if method == "lora":
-        config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets)
-    else:
-        config = peft.VeraConfig(r=rank, target_modules=targets)
-    return peft.get_peft_model(model, config)
-
-
-# With the allocator as a user's own process has it.
-PROCESS = """
-import sys, torch
-torch.set_num_threads(int(sys.argv[1]))
-from pathlib import Path
-from benchmarks import fleet
-fleet.run_peft(sys.argv[2], "lora", 8, int(sys.argv[3]), 1, int(sys.argv[4]), Path(sys.argv[5]))
-"""
-
-
-def runs(shape: str, owners: int, log: Callable[[str], None]) -> dict[str, Any]:
-    """Seconds for `owners` owners with 32 and with 4 examples of 64 tokens each."""
-    length, few = 64 if not shape.startswith("tiny") else 8, min(owners, 8)
-    out: dict[str, Any] = {"owners": owners, "length": length, "shape": shape, "examples": {}}
-    root = Path(__file__).resolve().parents[1]
-    for examples in (32, 4):
-        found: dict[str, float] = {}
-        with tempfile.TemporaryDirectory() as scratch:
-            place = Path(scratch)
-            found["veralib fleet r=64"] = run_fleet(shape, examples, owners, length, place / "store")
-            for label, method, rank in (("LoRA r=8", "lora", 8), ("LoRA r=1", "lora", 1), ("VeRA r=64", "peft-vera", 64)):
-                taken = run_peft(shape, method, rank, examples, few, length, place / label)
-                found[f"PEFT {label}, one base ({few} run)"] = taken * owners / few
-            start = time.perf_counter()
-            words = [
-                sys.executable,
-                "-c",
-                PROCESS,
-                str(torch.get_num_threads()),
-                shape,
-                str(examples),
-                str(length),
-                str(place / "p"),
-            ]
-            for _ in range(2):
-                subprocess.run(words, check=True, cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True)
-            found["PEFT LoRA r=8, a process each (2 run)"] = (time.perf_counter() - start) * owners / 2
-        out["examples"][str(examples)] = found
-        for name, taken in found.items():
-            log(f"  {examples} examples, {name}: {taken:.1f} s, {taken / found['veralib fleet r=64']:.2f} x the fleet")
-    return out
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -41,19 +41,20 @@ def render(folder: Path) -> str:
         lines += [
             f"## {found['owners']} owners end to end, one epoch of rows of {found['length']} tokens",
             "",
-            "Rows marked with a number of runs were extrapolated from so many owners. A process each has the system's allocator, "
-            "the others one that keeps its memory.",
+            "Rows marked with a number of runs were extrapolated from so many owners in each round, half of them before the "
+            "fleet and half after it. Medians [quartiles] over the rounds. A process each has the system's allocator, the others "
+            "one that keeps its memory.",
             "",
             _where(found),
             "",
             "| | examples an owner | seconds | ÷ the fleet | goal |",
             "|---|---|---|---|---|",
         ]
-        for examples, times in found["examples"].items():
-            fleet = times["veralib fleet r=64"]
-            for name, taken in times.items():
-                goal = RUN_GOALS.get((name.partition(" (")[0], examples), "")
-                lines.append(f"| {name} | {examples} | {taken:.1f} | {taken / fleet:.2f} | {goal} |")
+        for examples, contestants in found["examples"].items():
+            for name, c in contestants.items():
+                goal, ratio = RUN_GOALS.get((name.partition(" (")[0], examples), ""), c["ratio"]
+                spread = f"{ratio['median']:.2f} [{ratio['low']:.2f}–{ratio['high']:.2f}]"
+                lines.append(f"| {name} | {examples} | {c['seconds']['median']:.1f} | {spread} | {goal} |")
         lines.append("")
     return "\n".join(lines)
 

@@ -248,13 +248,16 @@ def _free_port() -> int:
         return s.getsockname()[1]
 
 
-def growth(samples: list[tuple[float, int, int]]) -> list[dict[str, float]]:
-    """For each process of a role: its memory when a third of its life had passed, and at its end, in MiB."""
-    found = []
+def growth(samples: list[tuple[float, int, int]]) -> list[dict[str, Any]]:
+    """For each process of a role: its memory when a third of its life had passed, and at its end, in MiB; and its course, as
+    (minutes of the soak, MiB), thirty points or so."""
+    found: list[dict[str, Any]] = []
     for _, group in itertools.groupby(samples, key=lambda s: s[1]):
-        sizes = [s[2] / 2**20 for s in group]
+        course = [(s[0] / 60, s[2] / 2**20) for s in group]
+        sizes = [size for _, size in course]
         if len(sizes) >= 6:
-            found.append({"after_a_third": sizes[len(sizes) // 3], "at_the_end": sizes[-1], "most": max(sizes)})
+            thin = [(round(minutes, 2), round(size, 1)) for minutes, size in course[:: max(1, len(course) // 30)]]
+            found.append({"after_a_third": sizes[len(sizes) // 3], "at_the_end": sizes[-1], "most": max(sizes), "course": thin})
     return found
 
 

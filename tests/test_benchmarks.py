@@ -138,6 +138,27 @@ def test_fleet_and_store_benchmarks_write_their_pages(tmp_path, own_lock):
     assert "| GPT-3 175B | LoRA r=16 | 75,497,472 | 288.0 MiB | 274.7 TiB |" in page
 
 
+def test_fleets_end_to_end_stand_between_two_halves_of_pefts_owners(tmp_path, own_lock, monkeypatch):
+    from benchmarks import fleet, fleet_runs
+
+    order = []
+
+    def noted(name, run):
+        return lambda *arguments: order.append(name) or run(*arguments)
+
+    monkeypatch.setattr(fleet_runs, "run_fleet", noted("fleet", fleet_runs.run_fleet))
+    monkeypatch.setattr(fleet_runs, "run_peft", noted("peft", fleet_runs.run_peft))
+    monkeypatch.setattr(fleet_runs, "run_process", noted("process", lambda *_: 3.0))
+    assert fleet.main(["--quick", "--only", "runs", "--threads", "1", "--out", str(tmp_path)]) == 0
+    half = ["peft", "peft", "peft", "process"]
+    assert order == 2 * [*half, "fleet", *half]
+    found = json.loads((tmp_path / "fleet-runs.json").read_text())["examples"]["32"]
+    taken, own = (found[n]["seconds"]["median"] for n in ("veralib fleet r=64", "PEFT LoRA r=8, a process each (2 run)"))
+    assert own == 12  # 3 s for each of 4 owners
+    assert found["PEFT LoRA r=8, a process each (2 run)"]["ratio"]["median"] == pytest.approx(12 / taken)
+    assert "| PEFT LoRA r=1, one base (4 run) | 4 |" in (tmp_path / "README.md").read_text()
+
+
 def test_the_arithmetic_counts_what_veralib_counts():
     from benchmarks import personalise
 

@@ -1,6 +1,8 @@
 """Runs the gateway until it is told to end: /ready says no first, then streams end, then the engine."""
 
 import asyncio
+import contextlib
+import ctypes
 import logging
 from types import FrameType
 
@@ -9,9 +11,13 @@ import uvicorn
 from .app import make_app
 from .settings import GatewaySettings
 
+ARENAS = 2
+M_ARENA_MAX = -8
+
 
 def run(settings: GatewaySettings) -> None:
     """Serves until SIGTERM or Ctrl-C; a second signal ends it at once."""
+    share_arenas()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s: %(message)s")
     logging.getLogger("httpx2").setLevel(logging.WARNING)
     app = make_app(settings)
@@ -26,6 +32,14 @@ def run(settings: GatewaySettings) -> None:
         timeout_graceful_shutdown=max(1, round(settings.drain_seconds)),
     )
     DrainingServer(config, settings.drain_delay).run()
+
+
+def share_arenas() -> None:
+    """Threads share two arenas of glibc's allocator from now on. By default each thread that asks the store gets one of its
+    own, and each keeps what its thread ever needed at once: tens of megabytes in the first hour, for nothing, as the threads wait
+    for the disk and not for the allocator. Other C libraries have no such setting."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(M_ARENA_MAX, ARENAS)
 
 
 class DrainingServer(uvicorn.Server):
