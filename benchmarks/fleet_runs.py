@@ -23,6 +23,7 @@ from . import measure
 from .models import SHAPES, base_model
 
 LR = 1e-2
+OWNER_ROWS = 4
 FLEET = "veralib fleet r=64"
 ONE_BASE = {"PEFT LoRA r=8": ("lora", 8), "PEFT LoRA r=1": ("lora", 1), "PEFT VeRA r=64": ("peft-vera", 64)}
 ROUNDS = {32: 2, 4: 3}
@@ -37,16 +38,15 @@ def owners_data(count: int, examples: int, length: int, vocabulary: int) -> dict
     return {f"owner {i}": torch.randint(3, vocabulary, (examples, length), generator=generator) for i in range(count)}
 
 
-def train_one(model: nn.Module, rows: Tensor, epochs: int = 1, batch: int = 4) -> None:
-    """PEFT's one owner: AdamW, `batch` rows a step."""
+def train_one(model: nn.Module, rows: Tensor) -> None:
+    """PEFT's one owner, one epoch: AdamW, as many rows a step as an owner has in the fleet's."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-3, fused=True)
-    for _ in range(epochs):
-        for part in rows.split(batch):
-            model(input_ids=part, labels=part).loss.backward()
-            torch.nn.utils.clip_grad_norm_(trained, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
+    for part in rows.split(OWNER_ROWS):
+        model(input_ids=part, labels=part).loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def run_fleet(shape: str, examples: int, owners: int, length: int, folder: Path, batch_rows: int = 64) -> float:
@@ -61,7 +61,7 @@ def run_fleet(shape: str, examples: int, owners: int, length: int, folder: Path,
     vera = attach(model)
     fleet = vera.fleet(VeraConfig(rank=64, targets=SHAPES[shape].targets), slots=owners)
     optimizer = FleetAdamW(fleet, lr=LR, max_norm=1.0)
-    trainer = FleetTrainer(fleet, optimizer, Plan(epochs=1, owner_rows=4, batch_rows=batch_rows, measure=False))
+    trainer = FleetTrainer(fleet, optimizer, Plan(epochs=1, owner_rows=OWNER_ROWS, batch_rows=batch_rows, measure=False))
     store = open_store(folder)
     everyone = [OwnerData(n, [{"input_ids": r.tolist(), "labels": r.tolist()} for r in rows]) for n, rows in data.items()]
     for result, adapter in trainer.run(everyone):

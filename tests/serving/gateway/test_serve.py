@@ -151,7 +151,7 @@ ctypes.CDLL(None).malloc_stats()
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="arenas are glibc's")
 def test_threads_share_the_allocators_arenas():
-    """Ten minutes of requests and changes: 258 MiB at the end as after a minute, and 267 where each thread has an arena."""
+    """Each arena keeps what its threads ever needed at once: many of them hold what nobody needs."""
 
     def arenas(how):
         command = [sys.executable, "-c", ARENAS, how]

@@ -35,9 +35,9 @@ def run(settings: GatewaySettings) -> None:
 
 
 def share_arenas() -> None:
-    """Threads share two arenas of glibc's allocator from now on. By default each thread that asks the store gets one of its
-    own, and each keeps what its thread ever needed at once: tens of megabytes in the first hour, for nothing, as the threads wait
-    for the disk and not for the allocator. Other C libraries have no such setting."""
+    """Threads share two arenas of glibc's allocator from now on. By default each of the threads that ask the store gets an
+    arena, which keeps what it ever needed at once, for nothing: they wait for the disk, not for the allocator. Other C
+    libraries have no such setting."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).mallopt(M_ARENA_MAX, ARENAS)
 
