@@ -98,7 +98,7 @@ def test_a_finished_run_is_refused_and_no_resume_starts_anew(work, tmp_path):
 
 @pytest.mark.parametrize("suffix", ["jsonl", "csv", "tsv"])
 def test_predict_writes_what_the_suffix_says(work, tmp_path, suffix):
-    from veralib.training.data import read_rows
+    from veralib.training.rows import read_rows
 
     out = tmp_path / f"out.{suffix}"
     assert f"48 rows in {out}" in vera("predict", work / "run", work / "dev.csv", "--output", out)

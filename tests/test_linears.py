@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from veralib.errors import ConfigError, StateError
+from veralib.hashes import weight_hash
 from veralib.linears import (
     computes_plainly,
     dense_weight,
@@ -19,7 +20,6 @@ from veralib.linears import (
     shape,
     snapshot,
     unfit,
-    weight_hash,
     write_weight,
 )
 
@@ -298,7 +298,7 @@ def test_hash_tells_weights_apart_by_any_of_its_entries():
 
 
 def test_hash_samples_64_places_spread_over_rows_and_columns():
-    from veralib.linears import _hash_positions
+    from veralib.hashes import _hash_positions
 
     for m, n in ((768, 768), (4096, 11008), (32000, 64)):
         places = _hash_positions(m, n, False, torch.device("cpu"))

@@ -6,6 +6,7 @@ Needs torch, numpy and safetensors alone.
 from typing import TYPE_CHECKING, Any
 
 from .adapter import Adapter
+from .attaching import attach, handle
 from .config import VeraConfig
 from .errors import (
     AdapterFileError,
@@ -22,7 +23,7 @@ from .errors import (
 )
 from .format import load_adapter, save_adapter
 from .merging import MergeReport
-from .model import Vera, attach, handle
+from .model import Vera
 
 if TYPE_CHECKING:
     from .interop.peft import from_peft

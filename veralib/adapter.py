@@ -27,7 +27,7 @@ class BaseModel:
     layers: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     """Every targeted module: (outputs m, inputs n)."""
     hashes: Mapping[str, str] = field(default_factory=dict)
-    """Of each targeted module: a hash of sampled entries of its weight, rounded to bf16 (linears.weight_hash). Empty for a
+    """Of each targeted module: a hash of sampled entries of its weight, rounded to bf16 (hashes.weight_hash). Empty for a
     quantised base."""
     quantised: str = ""
     """The quantisation of the base the adapter was trained on, "" for none."""

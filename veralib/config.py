@@ -205,3 +205,17 @@ def _faults(c: VeraConfig):
         yield f"levels={c.levels!r} exists for basis='philox-u8' alone: PEFT's is always kaiming_uniform"
     if c.train == "d" and c.b_initial not in (0.0, 1.0):
         yield f"b_initial is {c.b_initial!r}, but with train='d' b stays 1"
+
+
+def as_config(config: Any, name: str, model: Any = None) -> VeraConfig | None:
+    """config as a veralib.VeraConfig: a peft.VeraConfig is converted (for the model, where one is given). ConfigError for
+    anything else, and for a name that is none."""
+    if not isinstance(name, str) or not name:
+        raise ConfigError(f"an adapter's name is {name!r}, expected a string that isn't empty.")
+    if config is None or isinstance(config, VeraConfig):
+        return config
+    if type(config).__name__ == "VeraConfig" and type(config).__module__.startswith("peft."):
+        from .interop.peft import config_from_peft
+
+        return config_from_peft(config, model)
+    raise ConfigError(f"config is a {type(config).__name__}, expected a veralib.VeraConfig or a peft.VeraConfig.")

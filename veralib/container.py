@@ -1,7 +1,7 @@
 """A safetensors file, read strictly and written whole or not at all (docs/FORMAT.md, "Container").
 
 Stricter than the safetensors library: no trailing bytes, no key twice, and a checksum over everything that has a meaning.
-The library reads what write() writes. Only names, types and bytes here; what they mean is format.py's.
+The library reads what write() writes. Only names, types and bytes here; what they mean is header.py's.
 """
 
 import contextlib

@@ -14,7 +14,7 @@ from .bank import Member
 from .errors import StateError
 from .fleetbank import FleetBank
 from .layers import VeraLayer, _rebuild, adapted_class, is_own_key, release
-from .selection import Runtime
+from .runtime import Runtime
 
 
 class HeadLayer:

@@ -14,7 +14,8 @@ from .bank import Member
 from .core import Shape, choose_plan
 from .errors import StateError
 from .linears import dense_weight, shape
-from .selection import Bucket, Runtime, Selection, stacked_vectors
+from .runtime import Runtime
+from .selection import Bucket, Selection, stacked_vectors
 
 _choose = functools.lru_cache(maxsize=4096)(lambda *fields: choose_plan(Shape(*fields)))
 

@@ -6,13 +6,8 @@ targets.py finds linears in a model, fused.py knows which rows of a fused one ar
 """
 
 import copy
-import hashlib
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from itertools import count
-from math import gcd
 from typing import Any
 
 import torch
@@ -20,8 +15,7 @@ from torch import Tensor, nn
 
 from .errors import ConfigError, StateError, need
 
-HASH_ENTRIES = 64
-_MATMUL_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
+MATMUL_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
 _PLAIN_TENSORS = frozenset({nn.Parameter, Tensor})
 
 
@@ -67,12 +61,13 @@ def quantisation(module: nn.Module) -> str:
             if cls.__name__ == "Linear4bit":
                 return f"bnb-{getattr(module.weight, 'quant_type', '4bit')}"
     weight = getattr(module, "weight", None)
-    if isinstance(weight, Tensor) and weight.dtype in _MATMUL_DTYPES and weight.dim() == 2:
-        return "" if _is_plain(weight) or _is_dtensor(weight) else type(weight).__name__
+    if isinstance(weight, Tensor) and weight.dtype in MATMUL_DTYPES and weight.dim() == 2:
+        return "" if is_plain(weight) or _is_dtensor(weight) else type(weight).__name__
     return next(c.__name__ for c in type(module).__mro__ if not c.__module__.startswith("veralib."))
 
 
-def _is_plain(weight: Tensor) -> bool:
+def is_plain(weight: Tensor) -> bool:
+    """Whether it is a plain tensor or Parameter: no quantised one, no DTensor."""
     return type(weight) in _PLAIN_TENSORS
 
 
@@ -91,7 +86,7 @@ def dense_weight(module: nn.Module) -> Tensor | None:
         type(weight) not in _PLAIN_TENSORS
         or not computes_plainly(module)
         or weight.requires_grad  # type: ignore[union-attr]
-        or weight.dtype not in _MATMUL_DTYPES  # type: ignore[union-attr]
+        or weight.dtype not in MATMUL_DTYPES  # type: ignore[union-attr]
         or weight.is_meta  # type: ignore[union-attr]
     ):
         return None
@@ -298,56 +293,3 @@ def _set_int8(module: nn.Module, data: Tensor, scale: Tensor) -> None:
     weight.data = data  # type: ignore[union-attr]
     holder = weight if getattr(weight, "SCB", None) is not None else state
     holder.CB, holder.SCB = data, scale  # type: ignore[union-attr]
-
-
-@lru_cache(maxsize=1024)
-def _hash_positions(m: int, n: int, conv1d: bool, device: torch.device) -> Tensor:
-    """Flat positions of the sampled entries in the parameter's own storage order.
-
-    In W0 (m, n), row by row: 0, s, 2s … modulo m·n, sorted, where s is the first number from 0.618034 m·n on that has no
-    divisor in common with m·n: so none comes twice and they spread over rows and columns alike.
-    """
-    size = m * n
-    step = next(s for s in count(size * 618034 // 1000000 or 1) if gcd(s, size) == 1)
-    flat = sorted(k * step % size for k in range(min(HASH_ENTRIES, size)))
-    if conv1d:
-        flat = [(p % n) * m + p // n for p in flat]
-    return torch.tensor(flat, dtype=torch.int64, device=device)
-
-
-def weight_hash(module: nn.Module) -> str:
-    """16 hex digits by which a base weight is known again; "" for a quantised, sharded or meta weight.
-
-    SHA-256 over (m, n) and up to 64 entries at fixed places of W0, rounded to bf16, so a bf16 and an fp32 copy of one
-    checkpoint agree. (An fp16 copy of an fp32 checkpoint doesn't always: fp32 rounded to fp16 first may fall on the
-    other side.)
-    """
-    return weight_hashes([module])[0]
-
-
-def weight_hashes(modules: Sequence[nn.Module]) -> list[str]:
-    """weight_hash of each: the entries of all of them are rounded and fetched at once."""
-    entries: list[Tensor] = []
-    shapes: list[tuple[int, int] | None] = []
-    for module in modules:
-        weight = module._parameters.get("weight")
-        if weight is None or not _is_plain(weight) or weight.is_meta or weight.dtype not in _MATMUL_DTYPES:
-            shapes.append(None)
-            continue
-        m, n = shape(module)
-        shapes.append((m, n))
-        taken = weight.detach().take(_hash_positions(m, n, is_conv1d(module), weight.device))
-        entries.append(taken if weight.dtype == torch.bfloat16 else taken.bfloat16())
-    if len({t.device for t in entries}) > 1:
-        entries = [t.cpu() for t in entries]
-    data = torch.cat(entries).view(torch.int16).cpu().numpy().astype("<i2", copy=False) if entries else None
-    found, at = [], 0
-    for known in shapes:
-        if known is None:
-            found.append("")
-            continue
-        m, n = known
-        end = at + min(HASH_ENTRIES, m * n)
-        found.append(hashlib.sha256(b"%d,%d:" % (m, n) + data[at:end].tobytes()).hexdigest()[:16])  # type: ignore[index]
-        at = end
-    return found

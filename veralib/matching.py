@@ -12,7 +12,8 @@ from .adapter import Adapter, layer_of
 from .autograd import UnitSpec
 from .errors import AdapterMismatch, VeraWarning, nearest
 from .fused import parts
-from .linears import is_linear, quantisation, shape, weight_hashes
+from .hashes import weight_hashes
+from .linears import is_linear, quantisation, shape
 
 if TYPE_CHECKING:
     from .residence import Residence
@@ -122,7 +123,7 @@ def quantisation_of(modules: Iterable[nn.Module]) -> str:
 
 
 def cached_hashes(inside: "Residence", modules: Mapping[str, nn.Module]) -> dict[str, str]:
-    """linears.weight_hash of these layers where they have one, computed once for each state of a weight; while merged, the
+    """hashes.weight_hash of these layers where they have one, computed once for each state of a weight; while merged, the
     base weight's."""
     stale: dict[str, tuple[int, int]] = {}
     for layer, module in modules.items():

@@ -1,4 +1,4 @@
-"""attach and the handle: adapters in, on, over and out of one frozen model."""
+"""The handle of a model: adapters in, on, over and out of it. attaching.py makes it."""
 
 import contextlib
 import os
@@ -14,71 +14,17 @@ from . import matching, merging, root
 from .adapter import Adapter, BaseModel
 from .bank import Member
 from .checks import faults
-from .config import VeraConfig
+from .config import as_config
 from .errors import ConfigError, StateError, unknown_name
 from .format import load_adapter, save_adapter
 from .linears import is_linear, shape
 from .residence import Residence
-from .selection import BASE, Runtime, Selection, row_names, token_names
+from .runtime import Runtime
+from .selection import BASE, Selection, row_names, token_names
 
 if TYPE_CHECKING:
     from .fleet import Fleet
     from .merging import Keep, MergeReport
-
-
-def attach(model: nn.Module, config: Any = None, name: str = "default") -> "Vera":
-    """The handle of `model`, which can now carry adapters; with a config, a fresh trainable adapter is active in it.
-
-    The base's parameters are frozen. Modules keep their names, classes stay subclasses of what they were, and the handle
-    lives on the model (handle(model) finds it). config: a VeraConfig or a peft.VeraConfig; without one, load adapters later.
-    Raises StateError on a model that is attached already or is a PeftModel, ConfigError where the config's targets match
-    nothing; then the model is as it was.
-    """
-    if not isinstance(model, nn.Module):
-        raise ConfigError(f"model is a {type(model).__name__}, expected a torch module: load it first.")
-    if "_vera_handle" in model.__dict__:
-        raise StateError(
-            "this model is attached already: handle(model).add(config, name=…) puts another adapter beside the others."
-        )
-    if any(cls.__module__.startswith("peft.") for m in model.modules() for cls in type(m).__mro__):
-        raise StateError(
-            "this is a PeftModel or holds one's layers, which are wrapped already: veralib.from_peft(model) takes over its VeRA "
-            "adapters, or attach to the base model, model.unload()."
-        )
-    if inside := [n for n, m in model.named_modules() if "_vera_handle" in m.__dict__]:
-        raise StateError(f'"{inside[0]}" inside this model is attached already: detach it first, or use its own handle.')
-    config = _checked(config, name, model)
-    vera = Vera(model)
-    if config is not None:
-        try:
-            vera.add(config, name)
-            vera.use(name)
-        except BaseException:
-            vera.detach()
-            raise
-    return vera
-
-
-def handle(model: nn.Module) -> "Vera":
-    """The Vera handle that lives on a model, also behind DistributedDataParallel or torch.compile. StateError without one."""
-    inner: Any = model
-    while inner is not None and "_vera_handle" not in inner.__dict__:
-        inner = inner._modules.get("module") or inner._modules.get("_orig_mod")
-    if inner is None:
-        raise StateError("this model carries no adapters: attach(model, VeraConfig(…)) first.")
-    return inner.__dict__["_vera_handle"]
-
-
-def _checked(config: Any, name: str, model: nn.Module | None = None) -> VeraConfig | None:
-    if not isinstance(name, str) or not name:
-        raise ConfigError(f"an adapter's name is {name!r}, expected a string that isn't empty.")
-    if config is None or isinstance(config, VeraConfig):
-        return config
-    if type(config).__name__ == "VeraConfig" and type(config).__module__.startswith("peft."):
-        from .interop.peft import config_from_peft
-
-        return config_from_peft(config, model)
-    raise ConfigError(f"config is a {type(config).__name__}, expected a veralib.VeraConfig or a peft.VeraConfig.")
 
 
 class Vera:
@@ -165,7 +111,7 @@ class Vera:
 
     def add(self, config: Any, name: str) -> "Vera":
         """A fresh trainable adapter beside the others; what is active stays active."""
-        config = _checked(config, name, self.model)
+        config = as_config(config, name, self.model)
         if config is None:
             raise ConfigError("add() needs a VeraConfig.")
         self._unmerged("add an adapter")
@@ -181,7 +127,7 @@ class Vera:
         recompute: backward computes B u anew, or finds it kept: faster, and m numbers more a token. None: kept on a CPU alone."""
         from .fleet import fleet
 
-        checked = _checked(config, "fleet", self.model)
+        checked = as_config(config, "fleet", self.model)
         if checked is None:
             raise ConfigError("fleet() needs a VeraConfig.")
         self._unmerged("make a fleet")
@@ -384,7 +330,7 @@ class Vera:
 
     def _new_name(self, name: str) -> None:
         self._live()
-        _checked(None, name)
+        as_config(None, name)
         if name in self.members:
             raise StateError(f'there is an adapter "{name}" already: choose another name, or remove("{name}") first.')
 

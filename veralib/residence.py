@@ -18,7 +18,8 @@ from .errors import ConfigError, VeraWarning, unknown_name
 from .fleetbank import FleetBank
 from .heads import TEMPLATE, adapt_head, plain_copy, release_head
 from .linears import shape
-from .selection import Runtime, Selection
+from .runtime import Runtime
+from .selection import Selection
 from .targets import Target, find_targets
 
 EMPTY_BANKS = 4

@@ -1,13 +1,7 @@
-"""Which adapter each row uses: selections, and the runtime that knows the one in force.
-
-A layer asks its runtime for the current selection in every forward. Inside a backward pass (recomputation under gradient
-checkpointing) the answer is the selection of the root forward whose gradient is flowing, since the user's `with` has ended.
-"""
+"""Which adapter each row uses: selections, and what they come to at one layer. runtime.py knows the one in force."""
 
 import operator
-import threading
 from collections.abc import Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -18,9 +12,7 @@ from torch.nn import functional as F
 
 from .autograd import UnitSpec
 from .bank import Bank, Found, Layout, Member
-from .core import Plan
-from .errors import ConfigError, StateError
-from .products import apply_frozen
+from .errors import ConfigError
 
 CPU = torch.device("cpu")
 
@@ -180,163 +172,6 @@ def token_names(index: Any, names: Sequence[str | None] | None) -> Any:
     if wrong := [i for i in places if not -1 <= i < len(names)]:
         raise ConfigError(f"tokens(index) holds {wrong[0]}, expected -1 to {len(names) - 1}: there are {len(names)} names.")
     return [None if i < 0 else names[i] for i in places]
-
-
-class Runtime:
-    """What all layers of one model ask: the selection in force, and the last A x of this thread."""
-
-    def __init__(self) -> None:
-        self.active = BASE
-        self.merged: str | None = None
-        self.plan: Plan | None = None
-        self._local = threading.local()
-        self._record: tuple[int, set[Selection]] | None = None
-        self._last_seen: Selection | None = None
-        self._written = 0
-        self.lock = threading.RLock()
-        """Held while an adapter comes or goes."""
-        self._in_force: list[Selection] = []
-        self.overrides = 0
-        """How many rows(), tokens() and using() haven't ended, over all threads."""
-
-    def __getstate__(self) -> dict:
-        return {"active": self.active, "merged": self.merged, "plan": self.plan}
-
-    def __setstate__(self, state: dict) -> None:
-        self.__init__()  # type: ignore[misc]
-        self.__dict__.update(state)
-
-    def current(self) -> Selection:
-        """The selection that a layer must follow now."""
-        if self.merged is not None:
-            return BASE
-        if torch._C._current_graph_task_id() >= 0:
-            return self._in_backward()
-        stack = getattr(self._local, "stack", None)
-        selection = stack[-1] if stack else self.active
-        if torch.is_grad_enabled():
-            self._last_seen = selection
-        return selection
-
-    def _in_backward(self) -> Selection:
-        if self._record is None:
-            return self._last_seen or self.active
-        selections = self._record[1]
-        if len(selections) > 1:
-            raise StateError(
-                "gradient checkpointing recomputes a layer while the gradients of several forwards with different rows() or "
-                "use() flow in one backward: which adapter it ran with can't be known. Call backward once for each forward, "
-                "or give checkpoint a context_fn that enters the same vera.rows(...) for the recomputation."
-            )
-        return next(iter(selections))
-
-    def forget_record(self) -> None:
-        if torch._C._current_graph_task_id() < 0:
-            self._record = None
-
-    def note_backward(self, selection: Selection) -> None:
-        """Called by the root output's gradient hook: from here on this selection's layers may be recomputed."""
-        task = torch._C._current_graph_task_id()
-        if self._record is None or self._record[0] != task:
-            record: tuple[int, set[Selection]] = (task, set())
-            self._record = record
-
-            def end() -> None:
-                if self._record is record:
-                    self._record = None
-
-            torch.autograd.Variable._execution_engine.queue_callback(end)  # type: ignore[attr-defined]
-        self._record[1].add(selection)
-
-    @contextmanager
-    def override(self, selection: Selection):
-        """The selection of this thread inside the `with`."""
-        stack = self._stack()
-        depth = len(stack)
-        with self.lock:
-            self._in_force.append(selection)
-            self.overrides = len(self._in_force)
-        stack.append(selection)
-        try:
-            yield
-        finally:
-            del stack[depth:]
-            with self.lock:
-                self._in_force.remove(selection)
-                self.overrides = len(self._in_force)
-
-    def in_use(self, member: Member) -> bool:
-        """Whether a rows(), tokens() or using() that hasn't ended names the adapter."""
-        with self.lock:
-            return any(member in s.distinct for s in self._in_force)
-
-    def _stack(self) -> list[Selection]:
-        if not hasattr(self._local, "stack"):
-            self._local.stack = []
-        return self._local.stack
-
-    def overridden(self) -> Selection | None:
-        stack = getattr(self._local, "stack", None)
-        return stack[-1] if stack else None
-
-    # The memo: layers that read the same x (q, k, v; gate, up) share A x, and in low precision the cast of x.
-
-    def rank_space(self, x: Tensor, flat: Tensor, unit: UnitSpec, rows: Tensor | None = None) -> Tensor:
-        """u = A x, (…, r), once for all layers that read the very same x. flat: what is multiplied; rows: which rows of it."""
-        key = (unit.basis, unit.r, flat.dtype, flat.dim(), None if rows is None else id(rows), torch.is_grad_enabled())
-        memo = self._memo(x)
-        if key not in memo:
-            memo[key] = apply_frozen(flat if rows is None else flat.index_select(0, rows), unit.A(flat))
-        return memo[key]
-
-    def cast(self, x: Tensor, flat: Tensor, dtype: torch.dtype) -> Tensor:
-        """flat in the matmuls' dtype, once for all layers that read the same x."""
-        if flat.dtype == dtype:
-            return flat
-        memo, key = self._memo(x), ("cast", dtype, torch.is_grad_enabled())
-        if key not in memo:
-            memo[key] = flat.to(dtype)
-        return memo[key]
-
-    def _memo(self, x: Tensor) -> dict:
-        local = self._local
-        if x.is_inference():  # no version counter: a change in place couldn't be seen
-            return {}
-        if getattr(local, "x", None) is not x or local.version != x._version:
-            local.x, local.version, local.memo = x, x._version, {}
-            if torch._C._current_graph_task_id() >= 0:  # a checkpoint's recomputation: no forward of the root clears it
-                mine = local.__dict__  # this thread's: on a GPU the callback runs in another
-                end = lambda: mine.update(x=None, memo=None)  # noqa: E731
-                torch.autograd.Variable._execution_engine.queue_callback(end)  # type: ignore[attr-defined]
-        return local.memo
-
-    # What the last mixed selection without gradients multiplies by: a decode loop asks for the same hundreds of times.
-
-    def row_vectors(self, layer: str, bucket: Bucket, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """d (R, 1, r) and b (R, 1, m) of each row of a bucket, in dtype. Without gradients only.
-
-        The K adapters' vectors are kept for the selection used last, where all of them are resident and so can't change.
-        """
-        if bucket.trains:
-            d, b = (v.to(dtype) for v in stacked_vectors(bucket))
-        else:
-            local, selection = self._local, self.current()
-            if getattr(local, "kept_for", None) is not selection or local.kept_at != self._written:
-                local.kept_for, local.kept_at, local.kept = selection, self._written, {}
-            key = (layer, bucket.units[0].unit, bucket.units[0].basis, dtype)
-            if key not in local.kept:
-                local.kept[key] = tuple(v.to(dtype) for v in stacked_vectors(bucket))
-            d, b = local.kept[key]
-        if not bucket.own:
-            d, b = d.index_select(0, bucket.index), b.index_select(0, bucket.index)
-        return d[:, None], b[:, None]
-
-    def forget_vectors(self) -> None:
-        """Resident vectors were written: what any thread kept of them is stale."""
-        self._written += 1
-
-    def clear_memo(self) -> None:
-        self._local.x, self._local.memo = None, {}
 
 
 def stacked_vectors(bucket: Bucket, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from veralib.fleet.data import owner_data
 from veralib.fleet.run import FleetResult, train_fleet, update_owner
 from veralib.fleet.trainer import FleetTrainer, OwnerResult
 from veralib.store import open_store
-from veralib.training.data import read_rows
+from veralib.training.rows import read_rows
 
 
 def test_what_trained_once_is_never_held_out_later(settings):

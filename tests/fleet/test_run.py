@@ -15,8 +15,8 @@ from veralib.fleet import run as run_module
 from veralib.fleet.data import read_owners
 from veralib.fleet.run import train_fleet
 from veralib.store import open_store
-from veralib.training.data import read_rows
 from veralib.training.loading import Base
+from veralib.training.rows import read_rows
 
 
 def test_every_owner_gets_an_adapter_and_improves(settings):

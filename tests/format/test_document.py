@@ -24,11 +24,12 @@ from tests.format.samples import (
     unique,
     with_head,
 )
-from veralib import checks, container, format
+from veralib import checks, container
 from veralib.adapter import Adapter, BaseModel
 from veralib.basis import SCALE_RULES, Basis, level_table, peft_pair
 from veralib.config import VeraConfig
 from veralib.format import FORMAT_VERSION, load_adapter, read_header, save_adapter
+from veralib.header import BASE_KEYS, BASIS_KEYS, METADATA_KEYS
 
 
 @pytest.mark.parametrize("sample", [plain, parts, ranks, unique, with_head])
@@ -60,10 +61,10 @@ def first_column(after, header):
 
 
 def test_the_documents_tables_name_what_the_code_knows():
-    assert [k for (k,) in first_column("## Metadata", "key")] == list(format.METADATA_KEYS)
+    assert [k for (k,) in first_column("## Metadata", "key")] == list(METADATA_KEYS)
     assert [k for (k,) in first_column("## Metadata", "field of `config`")] == [f.name for f in dataclasses.fields(VeraConfig)]
-    assert [k for (k,) in first_column("## Metadata", "field of `basis`")] == list(format.BASIS_KEYS)
-    assert [k for (k,) in first_column("## Metadata", "field of `base`")] == list(format.BASE_KEYS)
+    assert [k for (k,) in first_column("## Metadata", "field of `basis`")] == list(BASIS_KEYS)
+    assert [k for (k,) in first_column("## Metadata", "field of `base`")] == list(BASE_KEYS)
     assert {d for row in first_column("## Container", "dtype") for d in row} == set(container.DTYPES)
     assert [k for (k,) in first_column("### Kind `philox-u8`", "levels")] == [
         "kaiming_uniform",
@@ -82,7 +83,7 @@ def test_the_documents_tables_name_what_the_code_knows():
 
 
 def test_the_documents_example_is_the_file_that_is_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(format, "library_version", lambda: "veralib 0.1.0")
+    monkeypatch.setattr("veralib.header.library_version", lambda: "veralib 0.1.0")
     example = DOC[DOC.index("## A worked example") :]
     first, fingerprint, data, delta = re.findall(r"```text\n(.*?)\n```", example, re.S)
     header, checked = re.findall(r"```json\n(.*?)\n```", example, re.S)

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from tests.format.samples import SAMPLES, flat, parts, peft_stored, plain, ranks, same, unpack, with_head
-from veralib import format
 from veralib.basis import clear_cache
 from veralib.errors import AdapterFileError
 from veralib.format import FILE_NAME, FORMAT_VERSION, load_adapter, read_header, save_adapter
+from veralib.header import METADATA_KEYS
 
 
 @pytest.mark.parametrize("sample", SAMPLES)
@@ -42,7 +42,7 @@ def test_the_safetensors_library_reads_the_same_tensors(sample, tmp_path):
     adapter = sample()
     with safe_open(save_adapter(adapter, tmp_path), "pt") as f:
         found = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
-        assert f.metadata().keys() == set(format.METADATA_KEYS)
+        assert f.metadata().keys() == set(METADATA_KEYS)
     extra = {"basis.A", "basis.B"} if adapter.basis.stored else set()
     assert len(found) == len(flat(adapter)) + len(extra) and extra <= found.keys()
     assert all(torch.equal(found[f"{u}.d"], d) and torch.equal(found[f"{u}.b"], b) for u, (d, b) in adapter.vectors.items())

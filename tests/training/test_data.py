@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from veralib.errors import DataError, MissingPackage
-from veralib.training.data import load_data, read_rows
+from veralib.training.data import load_data
+from veralib.training.rows import read_rows
 from veralib.training.settings import Settings
 
 from .tiny import write_jsonl

@@ -81,7 +81,7 @@ def test_each_row_may_use_its_own_adapter_within_one_batch(runs, tmp_path):
 
 
 def test_baseline_runs_predict_what_they_evaluated(bert, rows, runs, tmp_path):
-    from veralib.training.data import read_rows
+    from veralib.training.rows import read_rows
 
     dev = read_rows(rows / "dev.jsonl")
     for method in ("lora", "head", "full"):

@@ -50,8 +50,8 @@ class Magnitude(nn.Module):
 
 def attach_dvora(model: nn.Module, settings: "Settings", head: tuple[str, ...]) -> Attached:
     """The model with VeRA and a magnitude on its targets; saved as a veralib file and the magnitudes beside it."""
+    from ..attaching import attach
     from ..format import save_adapter
-    from ..model import attach
 
     vera = attach(model, vera_config(settings, head))
     layout = vera.member(None).layout

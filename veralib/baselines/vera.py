@@ -26,8 +26,8 @@ def vera_config(settings: "Settings", head: tuple[str, ...]) -> VeraConfig:
 
 def attach_vera(model: nn.Module, settings: "Settings", head: tuple[str, ...]) -> Attached:
     """The model with a fresh VeRA adapter; saved as one veralib file."""
+    from ..attaching import attach
     from ..format import save_adapter
-    from ..model import attach
 
     vera = attach(model, vera_config(settings, head))
     vectors, *heads = vera.parameter_groups(lr=settings.resolved_lr, lr_head=settings.resolved_lr_head)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
-from ..training.data import read_rows
+from ..training.rows import read_rows
 
 REFERENCE_GUIDED = ("math", "reasoning", "coding")
 FORMATS = ("[[rating]]", "[[rating_a,rating_b]]", "[[A]]")

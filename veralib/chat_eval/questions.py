@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
-from ..training.data import read_rows
+from ..training.rows import read_rows
 
 
 @dataclass(frozen=True)

@@ -174,7 +174,7 @@ def update(
         vera fleet update fleet ann --data new_posts.jsonl
     """
     from ..fleet.run import update_owner
-    from ..training.data import read_rows
+    from ..training.rows import read_rows
 
     update_owner(folder, owner, read_rows(data) if data else [], _say)
 

@@ -27,9 +27,10 @@ def compare(run: Path, rows: Path) -> dict[str, Any]:
     import torch
 
     from .. import attach
-    from ..training.data import label_ids, read_rows
+    from ..training.data import label_ids
     from ..training.loading import load_base
     from ..training.predict import find_source
+    from ..training.rows import read_rows
     from ..training.tokens import collator, inputs
 
     source = find_source(run)

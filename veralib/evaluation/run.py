@@ -9,9 +9,10 @@ from typing import Any
 
 from ..errors import ConfigError, DataError
 from ..training import e2e
-from ..training.data import column_values, file_kind, read_rows, sha256_file
+from ..training.data import column_values, sha256_file
 from ..training.decoding import PUBLISHED, Decoding
 from ..training.folder import write_json
+from ..training.rows import file_kind, read_rows
 from .scores import PACKAGES, check_installed, score
 
 

@@ -12,7 +12,8 @@ from typing import Any
 from ..errors import DataError, VeraError, nearest
 from ..store.names import key_of, shard_of
 from ..training.chats import chat_columns
-from ..training.data import Row, file_kind, load_rows, read_rows
+from ..training.data import Row, load_rows
+from ..training.rows import file_kind, read_rows
 from ..training.settings import Settings
 from ..training.tokens import encode
 from .batches import Example, OwnerData

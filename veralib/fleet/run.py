@@ -8,16 +8,15 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..adapter import Adapter
+from ..attaching import attach
 from ..errors import ConfigError, DataError, StateError
 from ..format import load_adapter, save_adapter
-from ..model import attach
 from ..store import Store, open_store
 from ..store.packed import PackedStore
 from ..training.folder import write_json
@@ -27,15 +26,15 @@ from ..training.tokens import chat_template
 from . import folder as files
 from .batches import OwnerData
 from .data import OwnerRows, keep_rows, prepare, read_owners
-from .fleet import Fleet
 from .heads import Heads, check_adapters, labels_of
 from .optimizer import FleetAdamW
-from .progress import STOPPED, ProgressFile, Stop, on_sigterm
+from .processes import join, together, total, wait
+from .progress import ProgressFile, Stop, on_sigterm
 from .settings import FleetSettings
+from .standing import Standing
 from .starts import Starts
 from .trainer import FleetTrainer, OwnerResult, Plan
 
-STANDING_SECONDS = 60.0
 LOSS_SCALE = 2.0**16  # torch.amp.GradScaler's
 Progress = Callable[[str], None]
 
@@ -87,17 +86,17 @@ def train_fleet(settings: FleetSettings, rows: OwnerRows | None = None, progress
 
 def _train(settings: FleetSettings, rows: OwnerRows | None, progress: Progress, stop: Stop) -> FleetResult:
     begun = time.perf_counter()
-    rank, world = _join()
+    rank, world = join()
     output = Path(settings.output)
     owners = read_owners(settings) if rows is None else rows
     labels = files.read_labels(output) or labels_of(settings, owners.rows)
     if rank == 0:
         files.open_folder(settings, output, labels)
         (output / "fleet.json").unlink(missing_ok=True)  # it says that a run has finished
-    _wait(world)
+    wait(world)
     store = _open_store(settings, output)
     done = files.ended(output)
-    _wait(world)  # before anybody ends one more
+    wait(world)  # before anybody ends one more
     base = _load(settings, labels)
     heads = Heads(base.head, settings.head_per_owner)
     vera = attach(base.model)
@@ -111,7 +110,7 @@ def _train(settings: FleetSettings, rows: OwnerRows | None, progress: Progress, 
     starts = Starts(open_store(settings.start_from) if settings.start_from else None, start)
     trainer = FleetTrainer(fleet, optimizer, _plan(settings), base.tokenizer.pad_token_id or 0, starts)
     also = ProgressFile(output / f"progress-{rank}.jsonl", settings.progress_seconds)
-    trainer.on_step = standing = _Standing(output, rank, fleet, stop, also)
+    trainer.on_step = standing = Standing(output, rank, fleet, stop, also)
     trainer.saved = standing.saved()
     for name in mine if settings.keep_data else ():
         with contextlib.suppress(DataError):  # can't be read: prepare() notes why
@@ -126,8 +125,8 @@ def _train(settings: FleetSettings, rows: OwnerRows | None, progress: Progress, 
                 f"{count} of {len(mine)} owners done, {trainer.steps} steps, "
                 f"{trainer.tokens / max(1e-9, time.perf_counter() - begun):,.0f} tokens/s"
             )
-    tokens, padding, steps = _sum(world, [trainer.tokens, trainer.padding, trainer.steps])
-    unusable = _together(world, unusable)
+    tokens, padding, steps = total(world, [trainer.tokens, trainer.padding, trainer.steps])
+    unusable = together(world, unusable)
     result = FleetResult(
         owners=files.ended(output),
         unusable=unusable,
@@ -143,7 +142,7 @@ def _train(settings: FleetSettings, rows: OwnerRows | None, progress: Progress, 
     if rank == 0:
         files.forget_standing(output)
         write_json(output / "fleet.json", {**result.__dict__, "summary": result.summary(), "settings": settings.to_dict()})
-    _wait(world)
+    wait(world)
     return result
 
 
@@ -189,7 +188,7 @@ def _shared_start(
         optimizer = _optimizer(settings, fleet, settings.shared_lr or settings.lr)
         plan = Plan(settings.shared_epochs, settings.batch_rows, settings.batch_rows, None, settings.seed)
         trainer = FleetTrainer(fleet, optimizer, plan, base.tokenizer.pad_token_id or 0)
-        trainer.on_step = standing = _Standing(output, "shared", fleet, stop)
+        trainer.on_step = standing = Standing(output, "shared", fleet, stop)
         trainer.saved = standing.saved()
         progress(f"shared start: {len(everybody.train)} rows of {count} owners")
         ((result, adapter),) = trainer.run([everybody])
@@ -197,7 +196,7 @@ def _shared_start(
             raise StateError("the shared start diverged: lower shared_lr, or train without it (shared_epochs=0).")
         save_adapter(adapter, path)
         progress(f"shared start: held-out loss {result.loss_before:.4f} -> {result.loss_after:.4f}")
-    _wait(world)
+    wait(world)
     return load_adapter(path)
 
 
@@ -248,39 +247,6 @@ def rows_hash(rows: Sequence[Mapping[str, Any]]) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
-class _Standing:
-    """Writes where the owners in a slot stand, every STANDING_SECONDS and before a stop; whose: a process's rank, or "shared".
-
-    also: called after each batch.
-    """
-
-    def __init__(
-        self,
-        output: Path,
-        whose: int | str,
-        fleet: Fleet,
-        stop: Stop | None = None,
-        also: Callable[[FleetTrainer], None] = lambda trainer: None,
-    ) -> None:
-        self.output, self.whose, self.last, self.stop, self.also = output, whose, time.monotonic(), stop or Stop(), also
-        hashes = fleet.vera.inside.hashes_of(fleet.bank.layout.by_layer)
-        self.base = hashlib.sha256(repr(sorted(hashes.items())).encode()).hexdigest()[:16]
-
-    def __call__(self, trainer: FleetTrainer) -> None:
-        self.also(trainer)
-        if self.stop.asked or time.monotonic() - self.last >= STANDING_SECONDS:
-            state = {name: {**mine, "base": self.base} for name, mine in trainer.state().items()}
-            files.save_standing(files.standing_file(self.output, self.whose), state)
-            self.last = time.monotonic()
-        if self.stop.asked:
-            raise SystemExit(STOPPED)
-
-    def saved(self) -> dict[str, dict[str, Any]]:
-        """What an interrupted run left, on these base weights."""
-        found = files.standing(self.output, shared=self.whose == "shared")
-        return {name: state for name, state in found.items() if state["base"] == self.base}
-
-
 def update_owner(folder: str | Path, owner: str, rows: Sequence[Mapping[str, Any]], progress: Progress = print) -> OwnerResult:
     """Goes on training one owner of a fleet, from its adapter in the store, on its kept rows and the new ones.
 
@@ -319,36 +285,3 @@ def update_owner(folder: str | Path, owner: str, rows: Sequence[Mapping[str, Any
         keep_rows(output, owner, together)
     progress(f'"{owner}": {result.examples} examples, loss {result.loss_before:.4f} -> {result.loss_after:.4f}, {result.status}')
     return result
-
-
-# Processes
-
-
-def _join() -> tuple[int, int]:
-    """(rank, how many) under torchrun; (0, 1) alone."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1 and not torch.distributed.is_initialized():
-        # Owners differ in size, so one process may wait for another for hours.
-        torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))
-    return int(os.environ.get("RANK", 0)), world
-
-
-def _wait(world: int) -> None:
-    if world > 1:
-        torch.distributed.barrier()
-
-
-def _together(world: int, mine: dict[str, str]) -> dict[str, str]:
-    """Every process's entries."""
-    if world == 1:
-        return mine
-    parts: list[Any] = [None] * world
-    torch.distributed.all_gather_object(parts, mine)
-    return {k: v for part in parts for k, v in part.items()}
-
-
-def _sum(world: int, numbers: Sequence[int]) -> list[int]:
-    total = torch.tensor(numbers, dtype=torch.int64)
-    if world > 1:
-        torch.distributed.all_reduce(total)
-    return total.tolist()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from .. import linears
+from .. import hashes, linears
 from ..adapter import Adapter
 from ..config import VeraConfig
 from ..errors import AdapterFileError, ConfigError, StateError, VeraWarning, need
@@ -129,7 +129,7 @@ def from_peft(peft_model: Any) -> "Vera":
         import peft
     except ImportError as e:
         raise need("peft", "peft", "from_peft") from e
-    from ..model import attach
+    from ..attaching import attach
 
     if not isinstance(peft_model, peft.PeftModel):
         raise ConfigError(
@@ -191,7 +191,7 @@ def _live_adapter(peft_model: Any, name: str) -> Adapter:
         adapter.base,
         id=str(getattr(config, "_name_or_path", "") or ""),
         revision=str(getattr(config, "_commit_hash", "") or ""),
-        hashes={layer: h for layer, module in bases.items() if (h := linears.weight_hash(module))},
+        hashes={layer: h for layer, module in bases.items() if (h := hashes.weight_hash(module))},
         quantised=next((q for module in bases.values() if (q := linears.quantisation(module))), ""),
     )
     return replace(adapter, base=base)

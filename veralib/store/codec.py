@@ -16,7 +16,7 @@ from torch import Tensor
 from ..adapter import Adapter
 from ..container import DTYPES, Contents, canonical, parse
 from ..errors import StoreError
-from ..format import Header, assemble, header_of, metadata_of
+from ..header import Header, assemble, header_of, metadata_of
 
 Precision = Literal["float32", "bfloat16", "int8"]
 VECTOR_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "int8": 1}

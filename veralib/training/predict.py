@@ -179,7 +179,7 @@ def load_source(
         attached.load(path)
         return attached.model, base, lambda positions: contextlib.nullcontext()
 
-    from ..model import attach
+    from ..attaching import attach
 
     vera = attach(base.model)
     if names is None:
