@@ -8,7 +8,8 @@
     ├── StateError         the call doesn't fit the present state: merged, already attached, wrong number of rows
     ├── DataError          a data set without the named columns, empty, or with labels never seen in training
     ├── EndpointError      an HTTP endpoint is down, refuses the key or the request, or doesn't answer in its protocol
-    ├── StoreError         a store is damaged, of a newer format, or can't be written
+    ├── StoreError         a store, or something in it, is damaged, of a newer format, or refused
+    │   └── StoreUnavailable   the disk or the network beneath it doesn't read, write or list now
     └── MissingPackage     an optional package is needed; the message is the command that installs it (also an ImportError)
 
 A message says what was found, what was expected, where, and the next step.
@@ -55,6 +56,10 @@ class EndpointError(VeraError):
 
 class StoreError(VeraError):
     """A store, or something in it, can't be read or written, or is refused."""
+
+
+class StoreUnavailable(StoreError):
+    """What a store lies on can't be read, written or listed now; nothing says that it is damaged."""
 
 
 class MissingPackage(VeraError, ImportError):

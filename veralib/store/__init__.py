@@ -10,12 +10,11 @@ from .base import Store, Version
 from .cache import CachedStore, CacheStatistics
 from .codec import Precision
 from .files import Files, LocalFiles, RemoteFiles
-from .folder import FolderStore
+from .folder import ABOUT, FolderStore
 
 __all__ = ["CacheStatistics", "CachedStore", "Store", "Version", "open_store"]
 
 FORMAT = 1
-ABOUT = "store.json"
 
 
 def open_store(

@@ -8,11 +8,11 @@ import uuid
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..errors import StoreError, need
+from ..errors import StoreUnavailable, need
 
 
 class Files(Protocol):
-    """The five things that a store asks of a file system; paths are relative, with "/"."""
+    """What a store asks of a file system; paths are relative, with "/". StoreUnavailable where it doesn't do it."""
 
     def write(self, path: str, data: bytes) -> None:
         """A new file, whole and durable when it returns, or not there at all."""
@@ -60,7 +60,7 @@ class LocalFiles:
             _sync(target.parent)
         except OSError as e:
             why = "the disk is full" if e.errno == errno.ENOSPC else e.strerror or str(e)
-            raise StoreError(f"can't write {target}: {why}. What was there before is unchanged.") from e
+            raise StoreUnavailable(f"can't write {target}: {why}. What was there before is unchanged.") from e
         finally:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
@@ -81,13 +81,15 @@ class LocalFiles:
         except FileNotFoundError:
             raise
         except OSError as e:
-            raise StoreError(f"can't read {self.root / path}: {e.strerror or e}.") from e
+            raise StoreUnavailable(f"can't read {self.root / path}: {e.strerror or e}.") from e
 
     def list(self, folder: str) -> list[str]:
         try:
             return os.listdir(self.root / folder)
         except (FileNotFoundError, NotADirectoryError):
             return []
+        except OSError as e:
+            raise StoreUnavailable(f"can't list {self.root / folder}: {e.strerror or e}.") from e
 
     def remove(self, path: str) -> None:
         target, aside = self.root / path, self.scratch / uuid.uuid4().hex
@@ -98,7 +100,7 @@ class LocalFiles:
         except FileNotFoundError:
             return
         except OSError as e:
-            raise StoreError(f"can't remove {target}: {e.strerror or e}.") from e
+            raise StoreUnavailable(f"can't remove {target}: {e.strerror or e}.") from e
         if aside.is_dir():
             shutil.rmtree(aside, ignore_errors=True)
         else:
@@ -134,7 +136,7 @@ class RemoteFiles:
             self.fs.makedirs(where.rpartition("/")[0], exist_ok=True)
             self.fs.pipe_file(where, data)
         except Exception as e:  # each file system has errors of its own
-            raise StoreError(f"can't write {self.url}/{path}: {e}.") from e
+            raise StoreUnavailable(f"can't write {self.url}/{path}: {e}.") from e
 
     def read(self, path: str) -> bytes:
         try:
@@ -142,7 +144,7 @@ class RemoteFiles:
         except FileNotFoundError:
             raise
         except Exception as e:
-            raise StoreError(f"can't read {self.url}/{path}: {e}.") from e
+            raise StoreUnavailable(f"can't read {self.url}/{path}: {e}.") from e
 
     def list(self, folder: str) -> list[str]:
         try:
@@ -151,7 +153,7 @@ class RemoteFiles:
         except (FileNotFoundError, NotADirectoryError):
             return []
         except Exception as e:
-            raise StoreError(f"can't list {self.url}/{folder}: {e}.") from e
+            raise StoreUnavailable(f"can't list {self.url}/{folder}: {e}.") from e
 
     def remove(self, path: str) -> None:
         try:
@@ -159,4 +161,4 @@ class RemoteFiles:
         except FileNotFoundError:
             return
         except Exception as e:
-            raise StoreError(f"can't remove {self.url}/{path}: {e}.") from e
+            raise StoreUnavailable(f"can't remove {self.url}/{path}: {e}.") from e

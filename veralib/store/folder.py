@@ -13,13 +13,14 @@ import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from ..errors import StoreError
+from ..errors import StoreError, StoreUnavailable, UnknownName
 from .base import Store, Version
 from .codec import Configuration, Precision
 from .files import Files
 from .names import decoded, key_of, shard_of
 from .record import Record, parse
 
+ABOUT = "store.json"
 _FILE = re.compile(r"(\d{12})-[0-9a-f]{8}\.vera")
 _ESCAPED = re.compile(r"=([0-9a-f]{2})")
 
@@ -71,6 +72,11 @@ class FolderStore(Store):
 
     def _folder(self, name: str) -> str:
         return f"adapters/{shard_of(name)}/{key_of(name)}"
+
+    def _unknown(self, name: str, version: int | None = None) -> UnknownName:
+        if ABOUT not in self.files.list(""):  # a disk that isn't mounted, and no name is known
+            raise StoreUnavailable(f"{self.files} holds no {ABOUT} any more: it was moved, or isn't mounted.")
+        return super()._unknown(name, version)
 
     def _files_of(self, name: str) -> list[str]:
         """The files of all versions, oldest first."""
@@ -124,9 +130,9 @@ class FolderStore(Store):
                 raise self._unknown(name, version)
             try:
                 return self.files.read(f"{self._folder(name)}/{files[-1]}")
-            except FileNotFoundError:  # a newer version came and this one went, between the two looks
+            except FileNotFoundError as e:  # a newer version came and this one went, between the two looks
                 if attempt == 3:
-                    raise
+                    raise StoreUnavailable(f'adapter "{name}" changes faster than it can be read.') from e
         raise AssertionError("unreachable")
 
     def _keep_configuration(self, configuration: Configuration) -> None:

@@ -18,8 +18,9 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from ..errors import StoreError
+from ..errors import StoreError, StoreUnavailable
 from .base import Store, Version
 from .codec import Configuration, Precision, digest_of
 from .names import decoded, encoded
@@ -68,17 +69,13 @@ class PackedStore(Store):
     # Asked
 
     def stamp(self, name: str) -> tuple[int, int]:
-        row = (
-            self._index()
-            .execute("SELECT segment, place FROM adapters WHERE name = ? ORDER BY version DESC LIMIT 1", (encoded(name),))
-            .fetchone()
-        )
-        if row is None:
+        rows = self._ask("SELECT segment, place FROM adapters WHERE name = ? ORDER BY version DESC LIMIT 1", encoded(name))
+        if not rows:
             raise self._unknown(name)
-        return row
+        return rows[0]
 
     def current(self, name: str) -> int:
-        found = self._index().execute("SELECT max(version) FROM adapters WHERE name = ?", (encoded(name),)).fetchone()[0]
+        found = self._ask("SELECT max(version) FROM adapters WHERE name = ?", encoded(name))[0][0]
         if found is None:
             raise self._unknown(name)
         return found
@@ -87,11 +84,7 @@ class PackedStore(Store):
         start = prefix.encode("utf-8", "surrogatepass")
         last = b""
         while True:  # in pages: nobody holds a lock while the caller thinks
-            rows = (
-                self._index()
-                .execute("SELECT DISTINCT name FROM adapters WHERE name >= ? AND name > ? LIMIT 1000", (start, last))
-                .fetchall()
-            )
+            rows = self._ask("SELECT DISTINCT name FROM adapters WHERE name >= ? AND name > ? LIMIT 1000", start, last)
             for (raw,) in rows:
                 if not raw.startswith(start):
                     return
@@ -103,11 +96,11 @@ class PackedStore(Store):
     def page(self, prefix: str = "", after: str = "", limit: int = 100) -> list[str]:
         start, last = (text.encode("utf-8", "surrogatepass") for text in (prefix, after))
         query = "SELECT DISTINCT name FROM adapters WHERE name >= ? AND name > ? ORDER BY name LIMIT ?"
-        rows = self._index().execute(query, (start, last, limit)).fetchall()
+        rows = self._ask(query, start, last, limit)
         return [decoded(raw) for (raw,) in rows if raw.startswith(start)]
 
     def versions(self, name: str) -> list[Version]:
-        rows = self._index().execute("SELECT version FROM adapters WHERE name = ? ORDER BY version", (encoded(name),)).fetchall()
+        rows = self._ask("SELECT version FROM adapters WHERE name = ? ORDER BY version", encoded(name))
         if not rows:
             raise self._unknown(name)
         out = []
@@ -118,28 +111,26 @@ class PackedStore(Store):
         return out
 
     def __len__(self) -> int:
-        return self._index().execute("SELECT count(DISTINCT name) FROM adapters").fetchone()[0]
+        return self._ask("SELECT count(DISTINCT name) FROM adapters")[0][0]
 
     def _read(self, name: str, version: int | None) -> bytes | memoryview:
         for attempt in range(4):
-            row = (
-                self._index()
-                .execute(
-                    "SELECT segment, place, length FROM adapters WHERE name = ? AND version = ifnull(?, version) "
-                    "ORDER BY version DESC LIMIT 1",
-                    (encoded(name), version),
-                )
-                .fetchone()
+            rows = self._ask(
+                "SELECT segment, place, length FROM adapters WHERE name = ? AND version = ifnull(?, version) "
+                "ORDER BY version DESC LIMIT 1",
+                *(encoded(name), version),
             )
-            if row is None:
+            if not rows:
                 if version is not None:
                     self.current(name)
                 raise self._unknown(name, version)
             try:
-                return self._slice(*row)
+                return self._slice(*rows[0])
             except FileNotFoundError as e:  # compacted between the two looks
                 if attempt == 3:
                     raise StoreError(f'{e.filename}, which holds adapter "{name}", is gone: restore it from a backup.') from e
+            except OSError as e:
+                raise StoreUnavailable(f"can't read {self.root}: {e.strerror or e}.") from e
         raise AssertionError("unreachable")
 
     def _slice(self, segment: int, place: int, length: int) -> memoryview:
@@ -237,7 +228,7 @@ class PackedStore(Store):
                     raise
         except OSError as e:
             why = "the disk is full" if e.errno == errno.ENOSPC else e.strerror or str(e)
-            raise StoreError(f"can't write {path}: {why}. What was there before is unchanged.") from e
+            raise StoreUnavailable(f"can't write {path}: {why}. What was there before is unchanged.") from e
         assert number is not None
         index.execute(
             "INSERT INTO segments VALUES(?, ?, 0) ON CONFLICT(number) DO UPDATE SET size = excluded.size", (number, end)
@@ -257,8 +248,8 @@ class PackedStore(Store):
                 os.replace(temporary, path)
 
     def _read_configuration(self, digest: bytes) -> bytes | None:
-        row = self._index().execute("SELECT text FROM configurations WHERE digest = ?", (digest,)).fetchone()
-        return row[0] if row else None
+        rows = self._ask("SELECT text FROM configurations WHERE digest = ?", digest)
+        return rows[0][0] if rows else None
 
     # Opened
 
@@ -343,16 +334,25 @@ class PackedStore(Store):
                 index.execute("PRAGMA synchronous=NORMAL")  # the records are the truth, and they are synced
                 index.executescript(_TABLES)
             except sqlite3.Error as e:
-                raise StoreError(
-                    f"the index {path} can't be opened: {e}. Remove it (index.sqlite*), and it is made anew from the data files."
-                ) from e
+                raise _index_error(f"the index {path} can't be opened: {e}", e) from e
             self._local.index, self._local.process = index, os.getpid()
         return self._local.index
+
+    def _ask(self, query: str, *values: Any) -> list[Any]:
+        """The rows."""
+        try:
+            return self._index().execute(query, values).fetchall()
+        except sqlite3.Error as e:
+            raise _index_error(f"the index of {self.root} can't be read: {e}", e) from e
 
     @contextlib.contextmanager
     def _exclusive(self) -> Iterator[sqlite3.Connection]:
         """One writer at a time, over all threads and processes, in one transaction of the index."""
-        with open(self.root / "lock", "ab") as lock:
+        try:
+            lock = open(self.root / "lock", "ab")  # noqa: SIM115
+        except OSError as e:
+            raise StoreUnavailable(f"can't write {self.root / 'lock'}: {e.strerror or e}.") from e
+        with lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             index = self._index()
             try:
@@ -362,8 +362,14 @@ class PackedStore(Store):
             except sqlite3.Error as e:
                 with contextlib.suppress(sqlite3.Error):
                     index.execute("ROLLBACK")
-                raise StoreError(f"the index of {self.root} failed: {e}. What was there before is unchanged.") from e
+                raise _index_error(f"the index of {self.root} failed: {e}. What was there before is unchanged", e) from e
             except BaseException:
                 with contextlib.suppress(sqlite3.Error):
                     index.execute("ROLLBACK")
                 raise
+
+
+def _index_error(text: str, e: sqlite3.Error) -> StoreError:
+    if isinstance(e, sqlite3.OperationalError):  # locked, full, no permission, no disk
+        return StoreUnavailable(f"{text}.")
+    return StoreError(f"{text}. Remove it (index.sqlite*), and it is made anew from the data files.")
