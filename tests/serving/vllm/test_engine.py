@@ -7,7 +7,7 @@ pytest.importorskip("vllm", reason="needs vLLM: make test-vllm builds an environ
 
 from vllm.lora.request import LoRARequest
 
-from veralib.errors import AdapterMismatch, UnknownName
+from veralib.errors import AdapterMismatch, StateError, UnknownName
 from veralib.serving.vllm import lora_request, sums
 from veralib.serving.vllm.manager import Manager
 
@@ -79,14 +79,12 @@ def test_what_cannot_be_served_is_refused_in_words_and_nobody_else_notices(world
     world.put("large", 5, rank=64)
     world.put("unique", 6, sharing="unique", targets=("q_proj",))
     world.put("headed", 7, train_modules=("lm_head",))
-    world.put("seeded", 8, seed=9)
     world.store.put("wide", adapter(wide, 9, targets=("q_proj",)))
     world.store.put("deep", adapter(wide, 9, targets=("q_proj",), layers=(2,)))
     cases = {
         "large": "has rank 64, and this server takes up to 32",
         "unique": 'sharing="unique"',
         "headed": "fully trained modules",
-        "seeded": "max_bases",
         "wide": "has 256 outputs and 256 inputs at .*; this server's model has 128 and 128",
         "deep": 'adapts "model.layers.2.self_attn.q_proj", where this server\'s model has no linear',
     }
@@ -103,22 +101,53 @@ def test_what_cannot_be_served_is_refused_in_words_and_nobody_else_notices(world
     assert world.check(llm, [None, "ann"]) == 8
 
 
+def test_what_is_removed_while_a_request_uses_it_leaves_memory_with_that_request(world, llm):
+    engine, held = llm.llm_engine, manager(llm).loaded
+    world.put("fox", 22)
+    for end in ("by itself", "aborted"):
+        before = set(held)
+        lora = lora_request(world.store, "fox")
+        engine.add_request("r", {"prompt_token_ids": PROMPTS[0]}, greedy(), lora_request=lora)
+        engine.step()
+        (mine,) = set(held) - before
+        slot = manager(llm).active[mine]
+        assert engine.remove_lora(lora.lora_int_id) and not engine.remove_lora(lora.lora_int_id)
+        assert mine in held
+        if end == "aborted":
+            engine.abort_request(["r"])
+            world.ask(llm, [(None, PROMPTS[0])], tokens=1)
+        else:
+            while not (out := engine.step()) or not out[0].finished:
+                assert mine in held
+            assert list(out[0].outputs[0].token_ids) == world.merged("fox")[0]
+        tables = manager(llm).tables
+        assert mine not in held and not tables.d[slot].any() and not tables.b[slot].any(), end
+
+
+def test_another_basis_takes_the_place_of_one_that_no_request_uses(world, llm):
+    world.put("seeded", 8, seed=9)
+    assert world.check(llm, ["ann"]) == world.check(llm, ["seeded"]) == 4
+    assert manager(llm).bases.users == [1] and manager(llm).bases.held[0].seed == 9
+    engine = llm.llm_engine
+    seeded = lora_request(world.store, "seeded")
+    engine.add_request("r", {"prompt_token_ids": PROMPTS[0]}, greedy(), lora_request=seeded)
+    engine.step()
+    with pytest.raises(StateError, match=r'^running requests use .*ask again later.*"max_bases"'):
+        engine.add_request("s", {"prompt_token_ids": [1]}, greedy(), lora_request=lora_request(world.store, "ann"))
+    while engine.has_unfinished_requests():
+        engine.step()
+    assert world.check(llm, [None, "ann"]) == 8
+
+
 def test_base_rows_equal_an_engine_without_the_plugin_bit_for_bit(world):
-    sampling = greedy(4, logprobs=5)
-    prompts = [{"prompt_token_ids": p} for p in PROMPTS]
-
-    def numbers(engine, requests):
-        out = engine.generate(prompts + prompts[: len(requests)], sampling, lora_request=[None] * 4 + requests, use_tqdm=False)
-        return [[{k: v.logprob for k, v in step.items()} for step in o.outputs[0].logprobs] for o in out[:4]]
-
     plain = world.engine(plain=True, enable_prefix_caching=False)
     assert type(manager(plain)).__module__ == "vllm.lora.worker_manager"
-    want = numbers(plain, [None, None])
+    want = world.base_numbers(plain, [None, None])
     close(plain)
     fresh = world.engine(enable_prefix_caching=False)
     assert isinstance(manager(fresh), Manager)
-    assert numbers(fresh, [None, None]) == want
-    assert numbers(fresh, [lora_request(world.store, n) for n in ("ann", "bob")]) == want
+    assert world.base_numbers(fresh, [None, None]) == want
+    assert world.base_numbers(fresh, ["ann", "bob"]) == want
     close(fresh)
 
 

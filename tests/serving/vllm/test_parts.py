@@ -1,7 +1,5 @@
 """The plugin's parts that need no vLLM: settings, the wire, bases, tables and sums, taking hold of a module."""
 
-import asyncio
-import random
 import sys
 import types
 
@@ -10,11 +8,10 @@ import torch
 
 from veralib.basis import Basis
 from veralib.core import delta
-from veralib.errors import AdapterMismatch, ConfigError, StateError
+from veralib.errors import ConfigError, StateError
 from veralib.serving.vllm import patches, server
-from veralib.serving.vllm.bases import Bases
+from veralib.serving.vllm.bases import Bases, NoPlace
 from veralib.serving.vllm.manager import Manager
-from veralib.serving.vllm.residents import Residents
 from veralib.serving.vllm.settings import Settings, settings_of
 from veralib.serving.vllm.sites import Piece, Place
 from veralib.serving.vllm.sums import Site
@@ -77,7 +74,7 @@ def test_places_for_bases_are_taken_reused_and_refused():
     bases = Bases(2, 4, torch.float32, torch.device("cpu"))
     bases.A(0, 8)
     assert [bases.place(b) for b in (NATIVE[0], NATIVE[1], NATIVE[0])] == [0, 1, 0]
-    with pytest.raises(StateError, match=r"seed 9, and all 2 .* in use: .*seed 3; .*max_bases"):
+    with pytest.raises(NoPlace):
         bases.place(Basis("philox-u8", 9))
     bases.leave(1)
     assert bases.place(Basis("philox-u8", 9)) == 1 and bases.users == [2, 1]
@@ -173,100 +170,6 @@ def test_padding_is_left_alone_and_missing_tokens_are_refused():
         s.site.add(x[:1], out[:1])
 
 
-class Core:
-    """An engine core whose workers take everything but "bad"."""
-
-    def __init__(self):
-        self.asked, self.loaded = [], set()
-        self.scheduler = types.SimpleNamespace(requests={})
-        self.model_executor = self
-
-    def collective_rpc(self, method, args):
-        self.asked.append(method)
-        if method == "remove_lora":
-            self.loaded.discard(args[0])
-            return [True, True]
-        if args[0].lora_name == "bad":
-            return ["it is bad", "it is bad"]
-        self.loaded.add(args[0].lora_int_id)
-        return [True, True]
-
-
-def test_residents_never_evict_what_a_request_waits_for():
-    msgspec = pytest.importorskip("msgspec")
-    Lora = msgspec.defstruct("Lora", [("lora_name", str), ("lora_int_id", int), ("load_inplace", bool, False)])
-    core = Core()
-    residents = Residents(core, 2)
-
-    def admit(name, number):
-        request = types.SimpleNamespace(lora_request=Lora(name, number))
-        residents.admit(request)
-        core.scheduler.requests[name] = request
-        return request.lora_request.lora_int_id
-
-    numbers = [admit(f"a{i}", 2**60 + i) for i in range(5)]
-    assert core.loaded == set(numbers) == {1, 2, 3, 4, 5}  # all in use, above the capacity
-    with pytest.raises(AdapterMismatch, match="it is bad"):
-        admit("bad", 9)
-    assert core.loaded == {1, 2, 3, 4, 5}
-    core.scheduler.requests = {"a0": core.scheduler.requests["a0"]}
-    assert admit("a5", 2**60 + 5) == 7
-    assert core.loaded == {1, 5, 7}  # one in use, two idle
-    assert not residents.remove(2**60)  # a0 is in use
-    assert residents.remove(2**60 + 4) and not residents.remove(2**60 + 4)
-
-
-def test_what_the_api_server_takes_for_loaded_is_in_the_engine(monkeypatch):
-    """Versions change, requests wait in a queue: the engine core itself never has to read an adapter, which might be damaged."""
-    msgspec = pytest.importorskip("msgspec")
-    fields = [("lora_name", str), ("lora_int_id", int), ("lora_path", str), ("load_inplace", bool, False)]
-    for name in ("vllm", "vllm.lora", "vllm.lora.request"):
-        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    sys.modules["vllm.lora.request"].LoRARequest = msgspec.defstruct("LoRARequest", fields)
-    versions = dict.fromkeys((f"n{k}" for k in range(60)), 1)
-    for name, stub in {
-        "check_with_lora": lambda config: None,
-        "open_store": lambda url: None,
-        "engine_name": lambda store, plain: f"{plain}@{versions[plain]}-000000000000",
-        "read": lambda *args: None,
-        "pack": lambda vectors: "packed",
-    }.items():
-        monkeypatch.setattr(server, name, stub)
-
-    class Reading(Core):
-        paths = ()
-
-        def collective_rpc(self, method, args):
-            self.paths += (args[0].lora_path,) if method == "add_lora" else ()
-            return super().collective_rpc(method, args)
-
-    core = Reading()
-    residents = Residents(core, 32)
-
-    class Client:
-        vllm_config = types.SimpleNamespace(lora_config=types.SimpleNamespace(max_cpu_loras=32))
-
-        async def add_lora(self, request):
-            residents.add(request)
-
-    adapters = server.Adapters(types.SimpleNamespace(engine_client=Client(), lora_requests={}), Settings(store="s"))
-    draw, queue = random.Random(0), []
-
-    async def load():
-        for step in range(4000):
-            name = f"n{min(59, int(draw.expovariate(0.06)))}"
-            versions[name] += draw.random() < 0.2
-            queue.append(await adapters.request_for(name))
-            if len(queue) > 6:
-                request = types.SimpleNamespace(lora_request=queue.pop(draw.randrange(3)))
-                residents.admit(request)
-                core.scheduler.requests[step] = request
-                core.scheduler.requests.pop(step - 8, None)
-
-    asyncio.run(load())
-    assert len(core.paths) > 500 and set(core.paths) == {"packed"}
-
-
 def test_a_vllm_that_differs_is_refused_in_words(monkeypatch):
     monkeypatch.setattr(patches, "_faults", [])
     monkeypatch.setattr(patches._Later, "waiting", set())
@@ -283,6 +186,22 @@ def test_a_vllm_that_differs_is_refused_in_words(monkeypatch):
         StateError, match=r"add_lora takes \(self, request\), expected \(self, lora_request, …\).*has no EngineCore.add_request"
     ):
         patches.demand()
+
+
+def test_an_api_server_refuses_a_vllm_that_differs_in_its_own_modules(tmp_path, monkeypatch):
+    """In processes of its own the engine is sound: nobody else would notice that names are no longer looked up in the store."""
+    (tmp_path / "vllm_routes.py").write_text("class BaseServing:\n    async def _check_model(self, raw_request): ...\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(patches, "_faults", [])
+    monkeypatch.setattr(patches._Later, "waiting", {"vllm_routes"})
+    monkeypatch.setattr(sys, "meta_path", [patches._Later(), *sys.meta_path])
+    check = {"BaseServing._check_model": (("self", "request"), server.check_model)}
+    monkeypatch.setattr(patches, "_EXPECTED", {"vllm_routes": check})
+    monkeypatch.setattr(patches, "API_SERVER", "vllm_routes")
+    monkeypatch.setattr(server, "check_with_lora", lambda config: None)
+    engine = types.SimpleNamespace(vllm_config=config_with({"vera": {"store": str(tmp_path)}}))
+    with pytest.raises(StateError, match=r"_check_model takes \(self, raw_request\), expected \(self, request, …\)"):
+        server.attach(types.SimpleNamespace(engine_client=engine), lambda models: None)
 
 
 def test_a_module_is_taken_hold_of_when_it_is_imported(tmp_path, monkeypatch):

@@ -1,9 +1,6 @@
 """The HTTP server, started as a user starts it, asked by the official client."""
 
 import json
-import os
-import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,91 +10,37 @@ import pytest
 pytest.importorskip("vllm", reason="needs vLLM: make test-vllm builds an environment with it and runs this there")
 
 import httpx2
-import openai
-import torch
+from prometheus_client.parser import text_string_to_metric_families
 
-from veralib import VeraConfig, attach
 from veralib.serving.names import engine_name
-from veralib.store import open_store
 
-MODEL = Path(__file__).parents[3] / "models" / "books-4m"
-PROMPT = "The old man went to the"
+from .served import MODEL, PROMPT, Served
 
 
-def model():
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
-
-
-class Server:
+class Server(Served):
     """vLLM in processes of its own, over a store."""
 
     def __init__(self, folder: Path) -> None:
-        self.store = open_store(folder / "store")
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
+        super().__init__(folder)
         vera = {"vera": {"store": str(folder / "store"), "max_rank": 32}}
         command = [
-            sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1", "--port", str(port),
+            sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1", "--port", str(self.port),
             "--model", str(MODEL), "--served-model-name", "base", "--dtype", "float32", "--max-model-len", "256",
             "--enforce-eager",
             "--enable-lora", "--max-loras", "2", "--max-cpu-loras", "4", "--additional-config", json.dumps(vera),
         ]  # fmt: skip
-        environment = {**os.environ, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "OMP_NUM_THREADS": "1"}
-        del environment["VLLM_ENABLE_V1_MULTIPROCESSING"]
-        self.log = folder / "server.log"
-        with open(self.log, "w") as log:
-            self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-        self.url = f"http://127.0.0.1:{port}"
-        self.client = openai.OpenAI(base_url=self.url + "/v1", api_key="none", max_retries=0)
-        deadline = time.monotonic() + 240
-        while True:
-            try:
-                assert httpx2.get(self.url + "/health").status_code == 200
-                break
-            except httpx2.TransportError:
-                assert self.process.poll() is None and time.monotonic() < deadline, self.log.read_text()[-3000:]
-                time.sleep(0.3)
+        self.start(command, {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}, "/health")
 
-    def put(self, name, draw, **config):
-        vera = attach(model(), VeraConfig(**({"rank": 16, "targets": "all-linear"} | config)), name="a")
-        generator = torch.Generator().manual_seed(draw)
-        with torch.no_grad():
-            for p in vera.parameter_groups()[0]["params"]:
-                p.copy_(torch.randn(p.shape, generator=generator))
-        return self.store.put(name, vera.adapter("a"))
+    def listed(self):
+        """The engine's names of the adapters that it has."""
+        return [card.id for card in self.client.models.list() if card.id != "base"]
 
-    def ask(self, name):
-        """(the model that answered, its text)."""
-        answer = self.client.completions.create(model=name, prompt=PROMPT, max_tokens=12, temperature=0)
-        return answer.model, answer.choices[0].text
-
-    def refused(self, name):
-        """(status, words)."""
-        with pytest.raises(openai.APIStatusError) as e:
-            self.ask(name)
-        return e.value.status_code, e.value.message
-
-    @torch.no_grad()
-    def merged(self, name):
-        """The merged model's text, by transformers."""
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(MODEL)
-        plain = model()
-        if name is not None:
-            vera = attach(plain)
-            vera.load(self.store.get(name), "a")
-            vera.merge("a", keep=None)
-            plain = vera.detach()
-        ids = tokenizer(PROMPT, return_tensors="pt").input_ids
-        out = plain.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
-        return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
-
-    def post(self, path, body):
-        return httpx2.post(self.url + path, json=body, timeout=60)
+    def metrics(self):
+        """The page's samples; none of ours has a label."""
+        families = text_string_to_metric_families(httpx2.get(self.url + "/metrics").text)
+        samples = [s for family in families for s in family.samples]
+        assert not [s for s in samples if s.name.startswith("vera:") and s.labels]
+        return {s.name: s.value for s in samples}
 
 
 @pytest.fixture(scope="module")
@@ -106,8 +49,7 @@ def server(tmp_path_factory):
     for draw, name in enumerate(("ann", "bob"), start=1):
         server.put(name, draw)
     yield server
-    server.process.terminate()
-    server.process.wait(60)
+    server.end()
 
 
 def test_each_name_is_answered_by_its_current_version(server):
@@ -138,7 +80,6 @@ def test_chat_and_tokenize_take_the_names_too(server):
 def test_bad_names_and_bad_adapters_are_the_requests_own_trouble(server):
     server.put("large", 3, rank=64)
     server.put("unique", 4, sharing="unique", targets=("q_proj",))
-    server.put("seeded", 5, seed=9)
     server.put("damaged", 6)
     file = next(p for p in (Path(server.store.files.root) / "adapters").rglob("*.vera") if "damaged" in str(p))
     data = bytearray(file.read_bytes())
@@ -146,7 +87,7 @@ def test_bad_names_and_bad_adapters_are_the_requests_own_trouble(server):
     file.write_bytes(data)
     for name in ("nobody", "../etc/passwd", "ann@1-000000000000", "ann\0", "аnn", "a" * 100_000, "ann@", "@"):
         assert server.refused(name)[0] == 404, name
-    for name, words in {"large": "rank 64", "unique": "sharing", "seeded": "max_bases", "damaged": "damaged"}.items():
+    for name, words in {"large": "rank 64", "unique": "sharing", "damaged": "damaged"}.items():
         status, text = server.refused(name)
         assert status == 400 and words in text
     assert server.ask("bob") == (engine_name(server.store, "bob"), server.merged("bob"))
@@ -166,3 +107,51 @@ def test_load_and_unload_while_running_and_more_adapters_than_memory(server):
         assert server.ask(name) == (engine_name(server.store, name), server.merged(name))
     metrics = httpx2.get(server.url + "/metrics").text
     assert "vllm:lora_requests_info" in metrics and "@" not in metrics
+
+
+def test_all_versions_leave_memory_and_the_metrics_page_says_so(server):
+    for name in server.listed():
+        server.post("/v1/unload_lora_adapter", {"lora_name": name})
+    before = server.metrics()
+    assert before["vera:resident_adapters"] == before["vera:resident_bytes"] == before["vera:resident_bases"] == 0
+    versions = []
+    for draw in (31, 32):
+        server.put("eve", draw)
+        versions += [engine_name(server.store, "eve")]
+        assert server.ask("eve") == server.ask("eve") == (versions[-1], server.merged("eve"))
+    assert server.refused("large")[0] == 400
+    now = server.metrics()
+    one = sum(4 * (len(d) + len(b)) for d, b in server.store.get("eve").vectors.values())
+    assert (now["vera:resident_adapters"], now["vera:resident_bytes"], now["vera:resident_bases"]) == (2, 2 * one, 1)
+    counted = [
+        now[f"vera:adapter_{what}_total"] - before[f"vera:adapter_{what}_total"] for what in ("hits", "misses", "failures")
+    ]
+    assert counted == [2, 3, 1] and server.listed() == versions
+    assert server.post("/v1/unload_lora_adapter", {"lora_name": "eve"}).status_code == 200
+    assert server.metrics()["vera:resident_bytes"] == 0 and not server.listed()
+
+
+def test_a_basis_in_use_and_a_store_that_is_away_are_no_fault_of_the_request(server):
+    server.put("seeded", 41, seed=9)
+    server.ask("bob")
+    stream = server.client.completions.create(
+        model="bob", prompt=PROMPT, max_tokens=240, temperature=0, stream=True, extra_body={"ignore_eos": True}
+    )
+    next(iter(stream))
+    status, text = server.refused("seeded")
+    assert status == 503 and "running requests use" in text
+    stream.close()
+    deadline = time.monotonic() + 30
+    while server.metrics()["vllm:num_requests_running"]:
+        assert time.monotonic() < deadline
+    assert server.ask("seeded") == (engine_name(server.store, "seeded"), server.merged("seeded"))
+    assert server.listed() == [engine_name(server.store, "seeded")]  # bob made room
+    assert server.ask("bob") == (engine_name(server.store, "bob"), server.merged("bob"))
+
+    folder = Path(server.store.files.root)
+    folder.rename(folder.with_suffix(".away"))
+    for name in ("bob", "seeded", "nobody"):
+        assert server.refused(name)[0] == 503, name
+    assert server.ask("base")[0] == "base"
+    folder.with_suffix(".away").rename(folder)
+    assert server.ask("bob")[0] == engine_name(server.store, "bob")

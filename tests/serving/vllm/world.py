@@ -100,6 +100,15 @@ class World:
         outputs = llm.generate(prompts, greedy(tokens), lora_request=requests, use_tqdm=False)
         return [list(o.outputs[0].token_ids) for o in outputs]
 
+    def base_numbers(self, llm, beside):
+        """Log-probabilities of four steps of every prompt by the base, in one batch with rows of the adapters in `beside`."""
+        from veralib.serving.vllm import lora_request
+
+        requests = [None] * len(PROMPTS) + [None if name is None else lora_request(self.store, name) for name in beside]
+        prompts = [{"prompt_token_ids": p} for p in (PROMPTS + PROMPTS[: len(beside)])]
+        out = llm.generate(prompts, greedy(4, logprobs=5), lora_request=requests, use_tqdm=False)
+        return [[{k: v.logprob for k, v in step.items()} for step in o.outputs[0].logprobs] for o in out[: len(PROMPTS)]]
+
     def check(self, llm, names):
         """Every prompt with every adapter, in one batch, against the merged models; how many sequences were equal."""
         want = {name: self.merged(name) for name in names}

@@ -11,6 +11,12 @@ from ...basis import MATRIX_A, MATRIX_B, Basis, basis_bytes, level_table, peft_p
 from ...errors import StateError
 
 _STEP = 2**22
+FULL = "no place for its pair A, B"
+"""What a worker answers where adapters in its memory take all places: the engine core knows which of them nobody uses."""
+
+
+class NoPlace(StateError):
+    """All places have users."""
 
 
 class Bases:
@@ -46,16 +52,12 @@ class Bases:
         return blocks[key]
 
     def place(self, basis: Basis) -> int:
-        """The place of a basis, filled if it is new, and one user more. StateError where all places are in use by others."""
+        """The place of a basis, filled if it is new, and one user more. NoPlace where all of them have users."""
         if basis in self.held:
             at = self.held.index(basis)
         else:
             if 0 not in self.users:
-                known = "; ".join(_text(b) for b in self.held if b is not None)
-                raise StateError(
-                    f"it needs the pair A, B of {_text(basis)}, and all {self.count} that this server holds at once are in use: "
-                    f'{known}. Start the server with a larger "max_bases" in the setting "vera".'
-                )
+                raise NoPlace(FULL)
             free = [at for at in range(self.count) if not self.users[at]]
             at = next((at for at in free if self.held[at] is None), free[0])
             self.held[at] = None
@@ -94,8 +96,3 @@ def _grow(out: Tensor, table: Tensor, basis: Basis, matrix: int, row: int, colum
         n = min(step, rows - start)
         raw = basis_bytes(basis.seed, matrix, n, columns, row=row + start, column=column, device=out.device)
         out[start : start + n] = table[raw.int()].to(out.dtype)
-
-
-def _text(basis: Basis) -> str:
-    size = f", rank {basis.rank}, for {basis.max_in} inputs and {basis.max_out} outputs" if basis.kind == "peft" else ""
-    return f"basis {basis.kind}, {basis.levels}, seed {basis.seed}{size}"

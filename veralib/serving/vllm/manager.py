@@ -12,7 +12,7 @@ from ...errors import AdapterMismatch, StateError, StoreError, UnknownName, Vera
 from ...products import emulated
 from ...store import Store, open_store
 from ..names import engine_name, parse_engine_name
-from .bases import Bases
+from .bases import FULL, Bases, NoPlace
 from .settings import Settings, check_servable, check_with_lora, settings_of
 from .sites import places
 from .sums import Site, adapted
@@ -99,24 +99,25 @@ class Manager:
 
     # Adapters in CPU memory
 
-    def add_adapter(self, request: Any) -> bool | str:
-        """True when the adapter is in CPU memory; why not, in words, otherwise.
+    def add_adapter(self, request: Any) -> tuple[int, int] | str:
+        """(its place among the bases, its bytes) when the adapter is in CPU memory; why not, in words, otherwise.
 
         Words and not an exception: one that crosses vLLM's multiprocess executor leaves the answers of the other workers in
         their queues, to be taken for those of the next call.
         """
         number = request.lora_int_id
-        if number in self.loaded:
-            if not request.load_inplace:
-                return True
+        if request.load_inplace:
             self.remove_adapter(number)
         try:
-            self.loaded[number] = self._load(number, self._read(request), request.lora_name)
+            if number not in self.loaded:
+                self.loaded[number] = self._load(number, self._read(request), request.lora_name)
+        except NoPlace:
+            return FULL
         except (VeraError, OSError) as e:
             return str(e)
         except Exception as e:  # a worker that dies takes everybody's requests along
             return f'adapter "{request.lora_name}" can\'t be loaded: {type(e).__name__}: {e}.'
-        return True
+        return self.loaded[number].basis, self.loaded[number].bytes
 
     def _read(self, request: Any) -> Vectors:
         path, name = request.lora_path, request.lora_name

@@ -1,10 +1,11 @@
-"""Where the plugin takes hold of vLLM: nine functions and one name, each checked against what it was written for.
+"""Where the plugin takes hold of vLLM: ten functions and one name, each checked against what it was written for.
 
 Nothing is imported for it: a module is taken hold of when vLLM imports it. On a server without VeRA settings every one of them
 does what it always did; with them, and with a vLLM that isn't the one below, the server refuses to start and says what differs.
 """
 
 import functools
+import importlib
 import importlib.metadata
 import importlib.util
 import inspect
@@ -20,6 +21,8 @@ from . import residents, server
 from .settings import check_with_lora, settings_of
 
 TESTED = ("0.32.0",)
+API_SERVER = "vllm.entrypoints."
+"""How the names of an API server's modules begin."""
 
 _MIXIN = "vllm.v1.worker.lora_model_runner_mixin"
 # module -> {function: (its parameters, what stands around it; None: only looked at)}
@@ -29,7 +32,9 @@ _EXPECTED: dict[str, dict[str, tuple[tuple[str, ...], Callable | None]]] = {
         "EngineCore.add_lora": (("self", "lora_request"), residents.add_lora),
         "EngineCore.remove_lora": (("self", "lora_id"), residents.remove_lora),
         "EngineCore.add_request": (("self", "request", "request_wave"), residents.add_request),
+        "EngineCore.post_step": (("self", "model_executed"), residents.post_step),
     },
+    "vllm.v1.engine.core_client": {"AsyncMPClient.call_utility_async": (("self", "method", "args"), None)},
     "vllm.v1.engine.llm_engine": {"LLMEngine.add_request": (("self", "request_id", "prompt", "params"), residents.add_offline)},
     "vllm.entrypoints.openai.models.serving": {
         "OpenAIServingModels.__init__": (("self", "engine_client", "base_model_paths", "lora_modules"), server.attach),
@@ -178,10 +183,15 @@ def _check_at_start(module: ModuleType) -> None:
         upstream(self, vllm_config, *args, **options)
 
     cls.__init__ = start
+    cls.vera_report = residents.report
 
 
-def demand() -> None:
-    """StateError where this vLLM isn't what the plugin was written for."""
+def demand(begin: str = "") -> None:
+    """StateError where this vLLM isn't what the plugin was written for. begin: modules whose names begin so are imported first,
+    for a process that uses them later."""
+    for name in _EXPECTED if begin else ():
+        if name.startswith(begin) and importlib.util.find_spec(name) is not None:
+            importlib.import_module(name)
     faults = [
         *_faults,
         *(f"there is no module {name}" for name in sorted(_Later.waiting) if importlib.util.find_spec(name) is None),

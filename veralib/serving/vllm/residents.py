@@ -6,16 +6,28 @@ so a step finds every adapter in memory.
 """
 
 import inspect
-from collections import OrderedDict
+from collections import Counter, OrderedDict
+from dataclasses import dataclass
 from itertools import count, islice
 from typing import Any
 
-from ...errors import AdapterMismatch
+from ...errors import AdapterMismatch, StateError, VeraError
+from .bases import FULL
 from .settings import settings_of
 
 _NAME = "_vera_residents"
-FAILED = "Call to add_lora method failed: "
-"""How vLLM begins what it says of an exception in the engine's process."""
+_REFUSED, _LATER = "veralib refuses it: ", "veralib can't take it now: "
+"""What the words of add_lora's exceptions begin with: another process gets the words alone, behind some of vLLM's."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """An adapter in the workers' memory. number: what they call it; basis: its place there; bytes: over all workers."""
+
+    number: int
+    name: str
+    basis: int
+    bytes: int
 
 
 class Residents:
@@ -26,12 +38,18 @@ class Residents:
 
     def __init__(self, core: Any, capacity: int) -> None:
         self.core, self.capacity = core, capacity
-        self.held: OrderedDict[int, int] = OrderedDict()
-        """a request's number -> the workers' number."""
+        self.held: OrderedDict[int, Held] = OrderedDict()
+        """By its requests' number."""
+        self.leaving: dict[int, Held] = {}
+        """By the workers' number: removed while requests use them; they go when the last of these ends."""
+        self.bytes, self.bases = 0, Counter[int]()
+        """Of what is held: bytes, and adapters by basis."""
+        self._gone: OrderedDict[str, None] = OrderedDict()
         self._numbers = count(1)
 
     def add(self, request: Any) -> bool:
-        """The adapter of a LoRARequest is in every worker's memory. AdapterMismatch, in the worker's words, where it can't be."""
+        """The adapter of a LoRARequest is in every worker's memory. AdapterMismatch, in the worker's words, where it can't be;
+        StateError where that is so only now."""
         known = self.held.get(request.lora_int_id)
         if known is not None and not request.load_inplace:
             self.held.move_to_end(request.lora_int_id)
@@ -40,22 +58,39 @@ class Residents:
         self._make_room(1)
         number = next(self._numbers)
         answers = self._ask("add_lora", _renumbered(request, number))
+        while FULL in answers and self._free_basis():
+            answers = self._ask("add_lora", _renumbered(request, number))
         if refusals := [a for a in answers if isinstance(a, str)]:
             self._ask("remove_lora", number)
-            raise AdapterMismatch(refusals[0])
-        if known is not None:
-            self.remove(request.lora_int_id)
-        self.held[request.lora_int_id] = number
+            if refusals[0] != FULL:
+                raise AdapterMismatch(refusals[0])
+            raise StateError(
+                "running requests use as many different pairs A, B (seeds, kinds) as this server holds at once, and the adapter "
+                'needs another: ask again later, or start the server with a larger "max_bases" in the setting "vera".'
+            )
+        self.remove(request.lora_int_id)
+        held = Held(number, request.lora_name, answers[0][0], sum(a[1] for a in answers))
+        self.held[request.lora_int_id] = held
+        self.bytes += held.bytes
+        self.bases[held.basis] += 1
+        self._gone.pop(held.name, None)
         return True
 
     def remove(self, given: int) -> bool:
-        """Forgets an adapter by its requests' number; not while a request uses it."""
-        number = self.held.get(given)
-        if number is None or number in self._in_use():
+        """Forgets an adapter by its requests' number, at once or when its last request ends; whether it was there."""
+        if given not in self.held:
             return False
-        del self.held[given]
-        self._ask("remove_lora", number)
+        held = self._taken_out(given)
+        self.leaving[held.number] = held
+        self.sweep()
         return True
+
+    def sweep(self) -> None:
+        """Takes from the workers what was removed and no request uses any more."""
+        if self.leaving:
+            for number in self.leaving.keys() - self._in_use():
+                self._ask("remove_lora", number)
+                del self.leaving[number]
 
     def admit(self, request: Any) -> None:
         """Before a Request enters the scheduler: its adapter is in memory, and it carries the workers' number."""
@@ -63,7 +98,13 @@ class Residents:
         if lora is None:
             return
         self.add(lora)
-        request.lora_request = _renumbered(lora, self.held[lora.lora_int_id])
+        request.lora_request = _renumbered(lora, self.held[lora.lora_int_id].number)
+
+    def report(self) -> dict[str, Any]:
+        """gone: the names that made room for others since the last report; adapters, bytes, bases: what is held now."""
+        gone = list(self._gone)
+        self._gone.clear()
+        return {"gone": gone, "adapters": len(self.held), "bytes": self.bytes, "bases": len(+self.bases)}
 
     def _make_room(self, more: int) -> None:
         if len(self.held) + more <= self.capacity:
@@ -71,10 +112,34 @@ class Residents:
         in_use = self._in_use()
         # Only idle ones count. An API server relies on what it used among its last capacity / 2 names: that is here, unless
         # as many new versions came meanwhile.
-        surplus = len(self.held) - len(in_use) - self.capacity + more
-        idle = (given for given, number in self.held.items() if number not in in_use)
-        for given in list(islice(idle, max(0, surplus))):
-            self._ask("remove_lora", self.held.pop(given))
+        surplus = len(self.held) - len(in_use - self.leaving.keys()) - self.capacity + more
+        idle = (given for given, held in self.held.items() if held.number not in in_use)
+        self._evict(list(islice(idle, max(0, surplus))))
+
+    def _free_basis(self) -> bool:
+        """Evicts the adapters of one basis that no request uses, the one asked for longest ago; whether there was one."""
+        in_use = self._in_use()
+        busy = {h.basis for h in [*self.held.values(), *self.leaving.values()] if h.number in in_use}
+        last = {h.basis: place for place, h in enumerate(self.held.values()) if h.basis not in busy}
+        if not last:
+            return False
+        oldest = min(last, key=last.__getitem__)
+        self._evict([given for given, h in self.held.items() if h.basis == oldest])
+        return True
+
+    def _evict(self, idle: list[int]) -> None:
+        for given in idle:
+            held = self._taken_out(given)
+            self._ask("remove_lora", held.number)
+            self._gone[held.name] = None
+            if len(self._gone) > 2 * self.capacity:  # nobody asks for reports
+                self._gone.popitem(last=False)
+
+    def _taken_out(self, given: int) -> Held:
+        held = self.held.pop(given)
+        self.bytes -= held.bytes
+        self.bases[held.basis] -= 1
+        return held
 
     def _in_use(self) -> set[int]:
         return {r.lora_request.lora_int_id for r in self.core.scheduler.requests.values() if r.lora_request}
@@ -97,10 +162,26 @@ def residents_of(core: Any) -> Residents | None:
     return core.__dict__[_NAME]
 
 
+def refusal_in(e: BaseException) -> VeraError | None:
+    """The plugin's own refusal in an exception of add_lora's, whatever process it came from: AdapterMismatch, or StateError
+    where later is another matter. None where something else failed."""
+    for mark, kind in ((_REFUSED, AdapterMismatch), (_LATER, StateError)):
+        if mark in str(e):
+            return kind(str(e).partition(mark)[2])
+    return None
+
+
 def add_lora(core: Any, upstream: Any, request: Any) -> bool:
     """EngineCore.add_lora."""
     residents = residents_of(core)
-    return upstream(core, request) if residents is None else residents.add(request)
+    if residents is None:
+        return upstream(core, request)
+    try:
+        return residents.add(request)
+    except AdapterMismatch as e:
+        raise AdapterMismatch(_REFUSED + str(e)) from e
+    except StateError as e:
+        raise StateError(_LATER + str(e)) from e
 
 
 def remove_lora(core: Any, upstream: Any, number: int) -> bool:
@@ -109,13 +190,27 @@ def remove_lora(core: Any, upstream: Any, number: int) -> bool:
     return upstream(core, number) if residents is None else residents.remove(number)
 
 
+def post_step(core: Any, upstream: Any, model_executed: bool) -> None:
+    """EngineCore.post_step: requests may have ended, by themselves or since their clients left."""
+    upstream(core, model_executed)
+    residents = residents_of(core)
+    if residents is not None:
+        residents.sweep()
+
+
+def report(core: Any) -> dict[str, Any] | None:
+    """A method of our own on EngineCore, for API servers."""
+    residents = residents_of(core)
+    return None if residents is None else residents.report()
+
+
 def add_request(core: Any, upstream: Any, request: Any, request_wave: int = 0) -> None:
     """EngineCore.add_request: a request whose adapter can't be had is answered with an error, alone."""
     residents = residents_of(core)
     if residents is not None:
         try:
             residents.admit(request)
-        except AdapterMismatch:
+        except (AdapterMismatch, StateError):
             answer = getattr(core, "_send_error_outputs_to_client", None)
             if answer is None:  # in process: the caller gets the exception
                 raise
@@ -130,8 +225,8 @@ def add_offline(engine: Any, upstream: Any, *args: Any, **options: Any) -> Any:
     if lora is not None and settings_of(engine.vllm_config) is not None:
         try:
             engine.engine_core.add_lora(lora)
-        except AdapterMismatch:
-            raise
-        except Exception as e:  # from another process vLLM brings the words alone
-            raise AdapterMismatch(str(e).partition(FAILED)[2] or str(e)) from e
+        except Exception as e:
+            if (refusal := refusal_in(e)) is None:
+                raise
+            raise refusal from e
     return upstream(engine, *args, **options)

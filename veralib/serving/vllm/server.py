@@ -6,19 +6,24 @@ cache, no table of names and no metric can mix two versions. The answer's "model
 """
 
 import asyncio
+import logging
 import time
 from collections import OrderedDict
+from collections.abc import Awaitable
 from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 from typing import Any
 
-from ...errors import AdapterMismatch, StoreError, UnknownName, VeraError
+from ...errors import AdapterMismatch, StoreError, StoreUnavailable, UnknownName, VeraError
 from ...store import open_store
 from ..names import engine_name, is_name, parse_engine_name
 from .manager import read
-from .residents import FAILED
+from .metrics import metrics
+from .residents import refusal_in
 from .settings import Settings, check_with_lora, settings_of
 from .wire import STORE, pack, request_id
+
+_LOG = logging.getLogger("vllm.veralib")
 
 
 class Refusal(Exception):
@@ -38,7 +43,11 @@ class Refusal(Exception):
 
 
 class Adapters:
-    """The adapters that one API server has handed to its engine, over vLLM's OpenAIServingModels."""
+    """The adapters that one API server has handed to its engine, over vLLM's OpenAIServingModels.
+
+    models.lora_requests, which /v1/models lists, has every version that the engine may have in memory, superseded ones too: who
+    deletes an adapter must find them all.
+    """
 
     def __init__(self, models: Any, settings: Settings) -> None:
         config = models.engine_client.vllm_config
@@ -52,21 +61,25 @@ class Adapters:
         self._current: dict[str, tuple[float, str]] = {}
         self._locks: dict[str, asyncio.Lock] = {}
         self._pool = ThreadPoolExecutor(4, thread_name_prefix="vera-store")
+        self._metrics = metrics()
         _silence_names_in_metrics(models.engine_client)
 
     async def request_for(self, name: str) -> Any:
         """The LoRARequest of a name's current version, loaded in the engine. Raises a Refusal."""
         current = await self._version(name)
+        found = True
         for _ in range(3):
             known = self.models.lora_requests.get(current)
             plain = current.partition("@")[0]
             if known is not None and self.loaded.get(plain) == current:
                 self.loaded.move_to_end(plain)
+                self._metrics.hits.inc(found)
                 return known
             lock = self._locks.setdefault(current, asyncio.Lock())
             try:
                 async with lock:
                     if self.loaded.get(plain) != current:
+                        found = False
                         await self._load(plain, current)
             except _Changed:
                 current = await self._version(plain, trust=False)
@@ -98,36 +111,60 @@ class Adapters:
         from vllm.lora.request import LoRARequest
 
         number, path = request_id(current), STORE + current
+        self._metrics.misses.inc()
         try:
             packed = await self._ask(lambda: pack(read(self.store, current, self.settings)))
+            await self._answer(self.models.engine_client.add_lora(LoRARequest(current, number, packed)))
         except Refusal as e:
             if e.status == HTTPStatus.NOT_FOUND:
                 raise _Changed from e
+            self._metrics.failures.inc()
             raise
-        try:
-            await self.models.engine_client.add_lora(LoRARequest(current, number, packed))
-        except Exception as e:
-            text = str(e).partition(FAILED)[2] or str(e)
-            raise Refusal(HTTPStatus.BAD_REQUEST, text) from e
-        self._forget(plain)  # nobody can ask for the version before any more
         self.models.lora_requests[current] = LoRARequest(current, number, path)
-        self.loaded[plain] = current
-        while len(self.loaded) > self.capacity:
-            self._forget(next(iter(self.loaded)))
-
-    def _forget(self, plain: str) -> None:
-        if (current := self.loaded.pop(plain, None)) is not None:
-            self.models.lora_requests.pop(current, None)
+        self.loaded[plain] = current  # nobody can ask for the version before any more
+        self.loaded.move_to_end(plain)
+        if len(self.loaded) > self.capacity:
+            self.loaded.popitem(last=False)
+        await self._look()
 
     async def unload(self, name: str) -> str:
-        """Forgets an adapter, by its name or its version's; the next request for it reads it anew. Raises a Refusal."""
-        plain = name.partition("@")[0]
-        current = self.loaded.get(plain)
-        if current is None or name not in (plain, current):
+        """Takes an adapter out of memory, all its versions by its name or one by the version's; a request for it reads it anew.
+        Raises a Refusal."""
+        removed = 0
+        for version in [v for v in self.models.lora_requests if name in (v, v.partition("@")[0])]:
+            self._forget(version)
+            removed += await self._answer(self.models.engine_client.remove_lora(request_id(version)))
+        if not removed:
             raise Refusal(HTTPStatus.NOT_FOUND, f'adapter "{name[:200]}" isn\'t loaded.')
-        self._forget(plain)
-        await self.models.engine_client.remove_lora(request_id(current))
+        await self._look()
         return f"Success: LoRA adapter '{name}' removed successfully."
+
+    async def _look(self) -> None:
+        """Learns what the engine has in memory now."""
+        report = await self._answer(self.models.engine_client.engine_core.call_utility_async("vera_report"))
+        for version in report["gone"]:
+            self._forget(version)
+        while len(self.models.lora_requests) > 4 * self.capacity:  # another API server was told what is gone
+            self._forget(next(iter(self.models.lora_requests)))
+        self._metrics.set(report)
+
+    def _forget(self, version: str) -> None:
+        self.models.lora_requests.pop(version, None)
+        plain = version.partition("@")[0]
+        if self.loaded.get(plain) == version:
+            del self.loaded[plain]
+
+    async def _answer(self, asked: Awaitable[Any]) -> Any:
+        """What the engine answers. Raises a Refusal: the plugin's own, or 503 where the engine failed."""
+        try:
+            return await asked
+        except Exception as e:
+            refusal = refusal_in(e)
+            if isinstance(refusal, AdapterMismatch):
+                raise Refusal(HTTPStatus.BAD_REQUEST, str(refusal)) from e
+            if refusal is None:
+                _LOG.error("the engine failed while adapters were loaded or unloaded: %r", e)
+            raise Refusal(HTTPStatus.SERVICE_UNAVAILABLE, str(refusal or "the engine failed. Ask again later.")) from e
 
     async def _ask(self, function: Any, *args: Any) -> Any:
         """A call that reads the store, in a thread: a slow disk or bucket holds up nobody else."""
@@ -135,10 +172,10 @@ class Adapters:
             return await asyncio.get_running_loop().run_in_executor(self._pool, function, *args)
         except UnknownName as e:
             raise Refusal(HTTPStatus.NOT_FOUND, str(e).partition(" Did you mean")[0]) from e  # names are for who owns them
-        except (AdapterMismatch, StoreError) as e:
-            raise Refusal(HTTPStatus.BAD_REQUEST, str(e)) from e
-        except OSError as e:
-            raise Refusal(HTTPStatus.SERVICE_UNAVAILABLE, f"the store of adapters can't be read: {e}. Ask again.") from e
+        except (StoreUnavailable, OSError) as e:
+            raise Refusal(
+                HTTPStatus.SERVICE_UNAVAILABLE, f"the store of adapters can't be read: {str(e).rstrip('.')}. Ask again."
+            ) from e
         except VeraError as e:
             raise Refusal(HTTPStatus.BAD_REQUEST, str(e)) from e
 
@@ -168,6 +205,9 @@ def attach(models: Any, upstream: Any, *args: Any, **options: Any) -> None:
     upstream(models, *args, **options)
     settings = settings_of(models.engine_client.vllm_config)
     if settings is not None:
+        from . import patches
+
+        patches.demand(patches.API_SERVER)  # routes that are made later rest on these
         models.vera = Adapters(models, settings)
 
 
@@ -190,11 +230,14 @@ async def check_model(serving: Any, upstream: Any, request: Any) -> Any:
 
 async def check_pooling_model(serving: Any, upstream: Any, request: Any) -> Any:
     """PoolingBaseServing._check_model: the same for pooling models, where an answer would be dropped."""
+    from fastapi import HTTPException
     from vllm.exceptions import VLLMNotFoundError
 
     try:
         await _named(serving.models, request)
     except Refusal as e:
+        if e.status == HTTPStatus.SERVICE_UNAVAILABLE:
+            raise HTTPException(e.status, e.text) from e
         raise (VLLMNotFoundError(e.text) if e.status == HTTPStatus.NOT_FOUND else ValueError(e.text)) from e
     return await upstream(serving, request)
 

@@ -17,7 +17,7 @@ class Settings:
     max_rank: int = 256
     """The largest rank of any adapter; smaller ones are filled up with zeros, which changes nothing. The tables are this wide."""
     max_bases: int = 1
-    """How many different pairs A, B (seeds, kinds) can be in use at once."""
+    """How many different pairs A, B (seeds, kinds) are in memory at once."""
     check_every: float = 0.0
     """For how many seconds a version counts as the current one without asking the store. 0 asks for each request."""
 

@@ -34,6 +34,11 @@ class Loaded:
     d: Tensor
     b: Tensor
 
+    @property
+    def bytes(self) -> int:
+        """Of d and b."""
+        return self.d.nbytes + self.b.nbytes
+
 
 @dataclass(frozen=True, eq=False)
 class Step:
@@ -96,7 +101,9 @@ class Tables:
         self._last = None
 
     def clear(self, slot: int) -> None:
-        """Forgets what lies in a slot; its rows are overwritten by the next adapter."""
+        """Empties a slot: nothing of an adapter that was removed stays."""
+        self.d[slot].zero_()
+        self.b[slot].zero_()
         self.held[slot] = None
         self._last = None
 
