@@ -1,10 +1,10 @@
 """Tokens a second and step time ÷ base of the embedded engine: `python -m benchmarks.bench_embedded [--quick] [--out FILE]`.
 
 Greedy requests that come at once, with 0, 1, 8 and 32 distinct adapters on all linears, at r=256 and r=64, in one
-interleaved run a model; and 256 requests with 256 adapters. Beside them, in the same loop: PEFT's LoRA, unmerged, one
-adapter for every row, since PEFT has none for each token of a packed batch; merged, any one adapter is the base's row. And
-transformers' generate, the base, one padded batch. Time is the processor's, with one thread, which other programs hardly
-disturb; a step's is a round's by the base's number of steps.
+interleaved run a model; 256 requests with 256 adapters; and a step and a load while the store has ever more names. Beside
+them, in the same loop: PEFT's LoRA, unmerged, one adapter for every row, since PEFT has none for each token of a packed batch;
+merged, any one adapter is the base's row. And transformers' generate, the base, one padded batch. Time is the processor's,
+with one thread, which other programs hardly disturb; a step's is a round's by the base's number of steps.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import json
 import queue
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,8 @@ class Work:
 
 CROWD = Work(256, 8, 8, (1, 32, 256))
 QUICK = Work(4, 32, 4, (1,))
+REGISTERED = (256, 10_000, 100_000)
+"""Adapters in the store."""
 
 
 class NoText:
@@ -183,6 +185,42 @@ def measure_model(build: Callable[[], Any], work: Work, rounds: int) -> dict[str
     return out
 
 
+def measure_registered(counts: Sequence[int], work: Work, rounds: int) -> list[dict[str, Any]]:
+    """The step of `work`, every request with an adapter of its own, and a load from the store, by how many adapters this has.
+
+    All but those that are asked for are small: their number is what might matter.
+    """
+    model = llama_59m()
+    with contextlib.ExitStack() as stack:
+        store = open_store(stack.enter_context(tempfile.TemporaryDirectory()), kind="packed")
+        fill(model, store, RANKS[0], work.requests)
+        vera = attach(model, VeraConfig(rank=4, targets=("q_proj",), layers=(0,)))
+        small = vera.adapter()
+        vera.detach()
+        engine = stack.enter_context(
+            EmbeddedEngine(
+                model, store, tokenizer=NoText(), slots=SLOTS, cache_tokens_limit=64 * 1024, max_batch_tokens=BATCH_TOKENS,
+                max_batch_requests=work.requests,
+            )
+        )  # fmt: skip
+        prompts = [[(7 * i + 3 * j) % 31000 + 4 for j in range(work.prompt)] for i in range(work.requests)]
+        names = [f"r{RANKS[0]}-{i}" for i in range(work.requests)]
+        sampling = Sampling(max_tokens=work.answer, ignore_eos=True)
+        engine.generate(prompts, names, sampling)
+        out, have = [], work.requests
+        for count in counts:
+            store.put_many((f"more{i}", small) for i in range(have, count))
+            have = max(have, count)
+            times = []
+            for _ in range(rounds):
+                steps, start = engine.loop.steps, measure.clock()
+                engine.generate(prompts, names, sampling)
+                times.append(1000 * (measure.clock() - start) / (engine.loop.steps - steps))
+            loads = [1000 * _load_seconds(engine, name) for name in names]
+            out.append({"registered": have, "step_ms": measure.spread(times), "load_ms": measure.spread(loads)})
+    return out
+
+
 def _load_seconds(engine: EmbeddedEngine, name: str) -> float:
     """From the request for an adapter that isn't in memory until it is."""
     engine.residents.forget(engine.residents.resolve(name))
@@ -203,6 +241,12 @@ def table(results: dict[str, Any]) -> str:
             numbers = f"{said['tokens_per_s']['median']:.0f} | {said['step_ms']['median']:.1f} | {said['ratio']['median']:.2f}"
             lines.append(f"| {row} | {numbers} |")
         lines += ["", f"An adapter that isn't in memory: {model['load_ms']['median']:.1f} ms.", ""]
+    if "registered" in results:
+        said = [
+            f"{r['registered']:,}: {r['step_ms']['median']:.1f} and {r['load_ms']['median']:.1f} ms"
+            for r in results["registered"]
+        ]
+        lines += [f"llama-59m, a step and a load from the store, by the number of adapters in the store: {', '.join(said)}.", ""]
     return "\n".join(lines)
 
 
@@ -210,19 +254,24 @@ def main(arguments: list[str] | None = None) -> int:
     """Measures, prints the table, writes the result file."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_embedded", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="few requests and rounds, for tests: the numbers mean nothing")
-    parser.add_argument("--only", choices=list(MODELS), help="one part alone")
+    parser.add_argument("--only", choices=[*MODELS, "registered"], help="one part alone")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=None, help=f"the result file; {OUT.relative_to(measure.ROOT)} unless quick")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    wanted = [options.only] if options.only else list(MODELS)
+    wanted = [options.only] if options.only else [*MODELS, "registered"]
+    rounds = 1 if options.quick else options.rounds
     with measure.alone():
         environment = measure.environment()
         models = {}
-        for name in wanted:
+        for name in [name for name in wanted if name in MODELS]:
             build, work = MODELS[name]
-            models[name] = measure_model(build, QUICK if options.quick else work, 1 if options.quick else options.rounds)
-    results = {"run": "embedded", "targets": "all-linear", "rounds": options.rounds, "environment": environment, "models": models}
+            models[name] = measure_model(build, QUICK if options.quick else work, rounds)
+        results = {"run": "embedded", "targets": "all-linear", "rounds": options.rounds, "environment": environment}
+        results["models"] = models
+        if "registered" in wanted:
+            counts = (8, 16) if options.quick else REGISTERED
+            results["registered"] = measure_registered(counts, QUICK if options.quick else Work(32, 8, 8), rounds)
     print(table(results))
     out = options.out or (None if options.quick else OUT)
     if out is not None:

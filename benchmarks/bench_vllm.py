@@ -263,18 +263,18 @@ def table(result: dict[str, Any]) -> str:
     def row(name: str, what: str, run: dict[str, Any], plain: dict[str, Any] | None = None) -> str:
         """plain: another engine's base to divide by; the run's own where there is none."""
         cells = []
-        for case in ("1", "8", "32", "256"):
+        for case in ("base", "1", "8", "32", "256"):
             if (found := run["cases"].get(case)) is None:
                 cells.append("")
-            elif plain is None:
-                cells.append(f"{found['time_over_base']:.2f} ({found['decode_step_over_base']:.2f})")
-            else:
+                continue
+            total, step = found["time_over_base"], found["decode_step_over_base"]
+            if plain is not None:
                 total, step = found["seconds"] / plain["seconds"], found["decode_step_ms"] / plain["decode_step_ms"]
-                cells.append(f"{total:.2f} ({step:.2f})")
+            cells.append(f"{total:.2f} ({step:.2f}), {run['requests'] * run['tokens'] / found['seconds']:.0f}/s")
         work = f"{run['requests']} × {run['prompt']} + {run['tokens']} tokens"
         return f"| {name} | {what} | {work} | {' | '.join(cells)} |"
 
-    lines = ["| | dtype | requests | 1 adapter | 8 | 32 | 256 |", "|---|---|---|---|---|---|---|"]
+    lines = ["| | dtype | requests | 0 adapters | 1 | 8 | 32 | 256 |", "|---|---|---|---|---|---|---|---|"]
     for dtype in ("bfloat16", "float32"):
         lines += [row(f"VeRA r={result['rank']}", dtype, run) for run in result.get(dtype, ())]
     if "float32" in result:

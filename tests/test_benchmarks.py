@@ -48,6 +48,16 @@ def test_quick_run_of_the_embedded_engine(tmp_path, own_lock):
     assert len(rows) == 7 and rows["base"]["ratio"]["median"] == 1
 
 
+@pytest.mark.slow
+def test_quick_run_of_the_embedded_engine_over_ever_more_names(tmp_path, own_lock, capsys):
+    from benchmarks import bench_embedded
+
+    assert bench_embedded.main(["--quick", "--only", "registered", "--out", str(tmp_path / "embedded.json")]) == 0
+    rows = json.loads((tmp_path / "embedded.json").read_text())["registered"]
+    assert [row["registered"] for row in rows] == [8, 16] and all(row["load_ms"]["n"] == 4 for row in rows)
+    assert "by the number of adapters in the store: 8: " in capsys.readouterr().out
+
+
 def test_unknown_benchmark_is_refused_with_the_known_ones(capsys, own_lock):
     assert bench.main(["--only", "llama-9x9"]) == 2
     assert "llama-16x256" in capsys.readouterr().out
