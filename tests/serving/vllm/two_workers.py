@@ -9,7 +9,12 @@ def main(folder: str) -> None:
     from .world import close, qwen
 
     world = world_of(Path(folder), qwen, fay=dict(draw=5, seed=3))
-    llm = world.engine(tensor_parallel_size=2, settings={"max_bases": 2}, slots=6)
+    options = dict(tensor_parallel_size=2, slots=6, enable_prefix_caching=False)
+    plain = world.engine(plain=True, **options)
+    want = world.base_numbers(plain, [None, None])
+    close(plain)
+    llm = world.engine(settings={"max_bases": 2}, **options)
+    print("as without the plugin:", world.base_numbers(llm, [None, None]) == want == world.base_numbers(llm, ["ann", "bob"]))
     equal = world.check(llm, [None, *ADAPTERS, "fay"])
     world.put("large", 5, rank=64)
     try:
