@@ -1,6 +1,7 @@
 """A store gives back what was put, under any name, in every version."""
 
 import os
+import time
 from dataclasses import replace
 
 import pytest
@@ -225,3 +226,24 @@ def test_a_long_name_is_read_from_an_earlier_version_where_the_newest_is_damaged
     newest = max(tmp_path.glob("adapters/*/*/*.vera"))
     newest.write_bytes(newest.read_bytes()[:-1])
     assert list(store.names()) == ["A" * 60]
+
+
+def test_what_a_killed_process_left_half_done_is_gone_when_a_store_is_opened(tmp_path, monkeypatch):
+    """Killed while it deleted: nobody reads the bytes any more, but their owner wants them gone."""
+    store = open_store(tmp_path / "store")
+    store.put("ann", trained())
+    scratch = tmp_path / "store/tmp"
+
+    def kill(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as m:
+        m.setattr("shutil.rmtree", kill)
+        with pytest.raises(KeyboardInterrupt):
+            store.delete("ann")
+    for name, age in (("written-long-ago", 3601), ("being-written", 0)):
+        (scratch / name).write_bytes(b"x")
+        os.utime(scratch / name, (time.time() - age,) * 2)
+    assert len(list(scratch.iterdir())) == 3
+    assert "ann" not in open_store(tmp_path / "store")
+    assert [path.name for path in scratch.iterdir()] == ["being-written"]

@@ -53,6 +53,7 @@ def open_store(
     for name, asked in (("kind", kind), ("precision", precision)):
         if asked is not None and asked != about[name]:
             raise StoreError(f"the store at {text} has {name} {about[name]!r}, and {asked!r} was asked for.")
+    files.sweep()
     keep = about["keep"] if keep is None else keep
     if about["kind"] == "packed":
         from .packed import PackedStore

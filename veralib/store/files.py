@@ -4,11 +4,17 @@ import contextlib
 import errno
 import os
 import shutil
+import time
 import uuid
 from pathlib import Path
 from typing import Any, Protocol
 
 from ..errors import StoreUnavailable, need
+
+GONE = ".gone"
+"""Ends the name of what is being removed."""
+STALE_SECONDS = 3600.0
+"""What somebody began to write so long ago nobody writes any more."""
 
 
 class Files(Protocol):
@@ -27,6 +33,9 @@ class Files(Protocol):
 
     def remove(self, path: str) -> None:
         """One file, or a folder with all that is in it; fine where it is gone already."""
+
+    def sweep(self) -> None:
+        """Removes what killed processes left half done."""
 
     def __str__(self) -> str: ...
 
@@ -92,7 +101,7 @@ class LocalFiles:
             raise StoreUnavailable(f"can't list {self.root / folder}: {e.strerror or e}.") from e
 
     def remove(self, path: str) -> None:
-        target, aside = self.root / path, self.scratch / uuid.uuid4().hex
+        target, aside = self.root / path, self.scratch / f"{uuid.uuid4().hex}{GONE}"
         try:
             self.scratch.mkdir(parents=True, exist_ok=True)
             os.replace(target, aside)  # gone at once for every reader, however many files it holds
@@ -101,10 +110,22 @@ class LocalFiles:
             return
         except OSError as e:
             raise StoreUnavailable(f"can't remove {target}: {e.strerror or e}.") from e
-        if aside.is_dir():
-            shutil.rmtree(aside, ignore_errors=True)
-        else:
-            aside.unlink(missing_ok=True)
+        _discard(aside)
+
+    def sweep(self) -> None:
+        """Removes what killed processes were about to remove, and what they didn't write to its end."""
+        for name in self.list(self.scratch.name):
+            path = self.scratch / name
+            with contextlib.suppress(OSError):
+                if name.endswith(GONE) or time.time() - path.stat().st_mtime > STALE_SECONDS:
+                    _discard(path)
+
+
+def _discard(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _sync(folder: Path) -> None:
@@ -154,6 +175,9 @@ class RemoteFiles:
             return []
         except Exception as e:
             raise StoreUnavailable(f"can't list {self.url}/{folder}: {e}.") from e
+
+    def sweep(self) -> None:
+        """Nothing is ever half done."""
 
     def remove(self, path: str) -> None:
         try:
