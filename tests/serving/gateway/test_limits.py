@@ -13,11 +13,12 @@ import pytest
 
 from tests.serving.gateway.fake import wait_until
 from veralib.serving.gateway.client import About
-from veralib.serving.gateway.limits import Bucket, Limits
+from veralib.serving.gateway.errors import ApiError
+from veralib.serving.gateway.limits import IDLE_KEYS, Bucket, Limits
 from veralib.serving.gateway.metrics import Metrics
 from veralib.serving.gateway.relay import Relay
 from veralib.serving.gateway.settings import GatewaySettings
-from veralib.serving.gateway.tenants import EVERYBODY
+from veralib.serving.gateway.tenants import EVERYBODY, Tenant
 
 TEXT = {"model": "acme:ann", "prompt": "x"}
 
@@ -197,6 +198,26 @@ def test_a_keys_tokens(world):
     http = world.http(url)
     codes = [http.post("/v1/completions", json={**TEXT, "max_tokens": 30}).status_code for _ in range(5)]
     assert codes == [200] * 4 + [429]
+
+
+def test_keys_that_are_idle_are_forgotten_and_others_are_not():
+    now = [0.0]
+    settings = GatewaySettings(store="s", engine_url="http://x", key_requests_per_minute=2)
+    limits = Limits(settings, Metrics(), lambda: now[0])
+    running, spent = Tenant("running", "a:"), Tenant("spent", "a:")
+    leave = limits.admit(running)
+    for n in range(4 * IDLE_KEYS):
+        now[0] += 0.1
+        limits.admit(Tenant(f"k{n}", "a:"))()
+    assert len(limits._keys) <= IDLE_KEYS and limits._keys["running"].running == 1
+    for _ in range(2):
+        limits.admit(spent)()
+    for n in range(IDLE_KEYS):
+        limits.admit(Tenant(f"n{n}", "a:"))()
+    with pytest.raises(ApiError, match="requests a minute"):
+        limits.admit(spent)
+    leave()
+    assert limits._keys["running"].running == 0
 
 
 def test_a_bucket_refills():

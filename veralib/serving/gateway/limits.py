@@ -15,6 +15,9 @@ from .metrics import Metrics
 from .settings import GatewaySettings
 from .tenants import Tenant
 
+IDLE_KEYS = 1024
+"""Beyond so many keys, those that are as new ones would be are dropped."""
+
 
 class Bucket:
     """A minute's worth that refills evenly. What is taken may exceed what is there, once: the next one waits for the debt."""
@@ -30,6 +33,11 @@ class Bucket:
         self._at = now
         missing = needed - self.level if needed else (0.0 if self.level > 0 else 1.0 - self.level)
         return max(0.0, missing) / self.rate
+
+    def is_full(self) -> bool:
+        """Whether it is as a new one would be."""
+        self.wait_seconds()
+        return self.level >= self.size
 
     def take(self, amount: float) -> None:
         """Takes it; a negative amount gives back."""
@@ -59,6 +67,7 @@ class Limits:
     def __init__(self, settings: GatewaySettings, metrics: Metrics, clock: Callable[[], float] = time.monotonic) -> None:
         self.settings, self.metrics, self.clock = settings, metrics, clock
         self._keys: dict[str, _Key] = {}
+        self._tidy_at = IDLE_KEYS
         self._slots = asyncio.Semaphore(settings.running)
         self._waiting = 0
 
@@ -122,8 +131,19 @@ class Limits:
         if key is None:
             s = self.settings
             requests, of_tokens = (Bucket(n or 1, self.clock) for n in (s.key_requests_per_minute, s.key_tokens_per_minute))
+            if len(self._keys) >= self._tidy_at:
+                self._keys = {id: known for id, known in self._keys.items() if not self._is_idle(known)}
+                self._tidy_at = max(IDLE_KEYS, 2 * len(self._keys))  # not at every new key while all are busy
             key = self._keys[tenant.id] = _Key(requests, of_tokens)
         return key
+
+    def _is_idle(self, key: _Key) -> bool:
+        s = self.settings
+        return (
+            key.running == 0
+            and (not s.key_requests_per_minute or key.requests.is_full())
+            and (not s.key_tokens_per_minute or key.tokens.is_full())
+        )
 
     def _refuse(self, status: int, limit: str, message: str, wait: float) -> ApiError:
         self.metrics.refused.labels(limit).inc()
