@@ -1,43 +1,61 @@
-"""All of an owner can be removed: adapters, jobs, files, its part of a run; what others have stays."""
+"""All of an owner or of a tenant can be removed: adapters, jobs, files, its part of a run; what others have stays."""
+
+import time
 
 import pytest
 
 from tests.serving.gateway.workplace import BASE, Workplace, chats, wait
-from veralib.serving.gateway.deletion import delete_owner
+from veralib.serving.gateway.deletion import delete_jobs, delete_tenant, expire
+from veralib.serving.gateway.deletions import Deletions, mark
+from veralib.serving.gateway.keys import Keys
+from veralib.serving.gateway.paging import new_id
 from veralib.serving.gateway.runs import Runs
+
+JOBS = "rank: 8\nlr: 0.02\ngather_seconds: 0.0\nprogress_seconds: 0.0\nthreads: 1\nnice: 0\nbatch_rows: 8\nslots: 4\n"
 
 
 @pytest.mark.slow
-def test_nothing_of_a_deleted_owner_is_left_anywhere(place, adapter):
-    """Not in files, jobs, versions or a run that trains; what others have stays, and their training goes on."""
-    client = place.openai()
+def test_nothing_of_a_deleted_owner_is_left_anywhere(world, tmp_path, model, adapter):
+    """Over HTTP, with the gateway's own runner: not in files, jobs, versions, a run that trains or the engine. What others have
+    stays, and their training goes on."""
+    (tmp_path / "jobs.yaml").write_text(JOBS)
+    url = world.gateway(model=str(model), model_name=BASE, jobs=str(tmp_path / "jobs.yaml"))
+    client, http = world.client(url), world.http(url)
     secret = b"zebra7zebra7"
-    mine = lambda: chats(8).replace(b"cat", secret)  # noqa: E731
-    shared = place.upload(chats(8, 3))
+    upload = lambda content: client.files.create(file=("rows.jsonl", content), purpose="fine-tune").id  # noqa: E731
+    mine = lambda: upload(chats(8).replace(b"cat", secret))  # noqa: E731
+    shared = upload(chats(8, 3))
     for name in ("acme:secret-ann", "acme:bob"):
-        place.store.put(name, adapter)
-    waiting = client.fine_tuning.jobs.create(model=BASE, training_file=place.upload(mine()), suffix="secret-ann")
+        world.store.put(name, adapter)
+        client.completions.create(model=name, prompt="x")
     hyper = {"hyperparameters": {"n_epochs": 60}}
-    client.fine_tuning.jobs.cancel(waiting.id)
-    client.fine_tuning.jobs.create(model="acme:secret-ann", training_file=place.upload(mine()), validation_file=shared, **hyper)
+    ended = client.fine_tuning.jobs.create(model=BASE, training_file=mine(), suffix="secret-ann", **hyper)
+    client.fine_tuning.jobs.cancel(ended.id)
+    client.fine_tuning.jobs.create(model="acme:secret-ann", training_file=mine(), validation_file=shared, **hyper)
     other = client.fine_tuning.jobs.create(model="acme:bob", training_file=shared, **hyper)
-    worker = place.runner()
-    worker.start()
-    try:
-        wait(lambda: list(place.folder.glob("state/runs/*/fleet/progress-0.jsonl")))
-        assert secret in place.texts() and b"secret-ann" in place.texts()
-        removed = delete_owner(place.learning, "acme:secret-ann")
-        assert removed == {"versions": 1, "jobs": 2, "files": 2, "runs": 1, "runs_pending": 0}
-        left = place.texts()
-        assert secret not in left and b"secret-ann" not in left and b"secret=2dann" not in left and b"secret-ann" not in left
-        wait(lambda: client.fine_tuning.jobs.retrieve(other.id).status not in ("queued", "running"))
-    finally:
-        worker.stop()
+
+    def texts() -> bytes:
+        """All bytes of all files, and their names."""
+        found = list(tmp_path.rglob("*"))
+        return b"\n".join(str(p).encode() + b"\n" + (p.read_bytes() if p.is_file() else b"") for p in found)
+
+    def left() -> list[bytes]:
+        there = texts() + b"".join(name.encode() for name in world.fake.loaded)
+        return [word for word in (secret, b"secret-ann", ended.id.encode()) if word in there]
+
+    wait(lambda: list(tmp_path.glob("state/runs/*/fleet/progress-0.jsonl")))
+    assert len(left()) == 3
+    answer = http.delete("/v1/models/acme:secret-ann", timeout=400).json()
+    assert answer["removed"].pop("runs", 1) == 1  # none where it had just trained to its end
+    assert answer["removed"] == {"versions": 1, "jobs": 2, "files": 2, "loaded": 1}
+    assert left() == []
+    wait(lambda: client.fine_tuning.jobs.retrieve(other.id).status not in ("queued", "running"))
     assert client.fine_tuning.jobs.retrieve(other.id).status == "succeeded"
-    assert list(place.store.names()) == ["acme:bob"] and [f.id for f in client.files.list()] == [shared]
-    left = place.texts()
-    assert secret not in left and b"secret-ann" not in left
-    assert delete_owner(place.learning, "acme:secret-ann") == dict.fromkeys(removed, 0)
+    wait(lambda: not list(tmp_path.glob("state/runs/*")))
+    assert left() == []
+    assert [f.id for f in client.files.list()] == [shared] and [j.id for j in client.fine_tuning.jobs.list()] == [other.id]
+    assert [m.id for m in client.models.list()] == [BASE, "acme:ann", "acme:bob"]
+    assert http.delete("/v1/models/acme:secret-ann").status_code == 404
 
 
 @pytest.mark.parametrize("killed_at", ["delete", "forget"])
@@ -56,8 +74,8 @@ def test_a_deletion_that_was_killed_is_carried_to_its_end_by_the_next(settling, 
     with monkeypatch.context() as m:
         m.setattr(owner, killed_at, kill)
         with pytest.raises(KeyboardInterrupt):
-            delete_owner(place.learning, "acme:ann")
-    delete_owner(place.learning, "acme:ann")
+            delete_jobs(place.learning, "acme:ann")
+    delete_jobs(place.learning, "acme:ann")
     assert not [
         p for part in ("files", "jobs", "waiting", "owners") for p in place.folder.glob(f"state/{part}/**/*") if p.is_file()
     ]
@@ -69,7 +87,7 @@ def test_a_deletion_leaves_the_file_of_another_tenant(tmp_path):
     theirs, admins = place.upload(chats(4), "evil"), place.upload(chats(4), "admin")
     for file in (theirs, admins):
         place.openai("admin").fine_tuning.jobs.create(model=BASE, training_file=file, suffix="acme:ann")
-    assert delete_owner(place.learning, "acme:ann")["files"] == 1
+    assert delete_jobs(place.learning, "acme:ann")["files"] == 1
     assert [f.id for f in place.openai("evil").files.list()] == [theirs]
     assert [f.id for f in place.openai("admin").files.list()] == [theirs]
 
@@ -79,7 +97,71 @@ def test_deletion_without_a_runner_takes_the_owner_out_of_a_run_that_waits(place
     for suffix in ("ann", "bob"):
         client.fine_tuning.jobs.create(model=BASE, training_file=place.upload(chats(8)), suffix=suffix)
     place.runner().runs.gather()
-    assert delete_owner(place.learning, "acme:ann") == {"versions": 0, "jobs": 1, "files": 1, "runs": 1, "runs_pending": 0}
+    assert delete_jobs(place.learning, "acme:ann") == {"jobs": 1, "files": 1, "runs": 1, "runs_pending": 0}
     (run,) = Runs(place.learning).all()
     assert [e.name for e in run.entries] == ["acme:bob"] and b"acme:ann" not in place.texts()
-    assert delete_owner(place.learning, "acme:bob")["runs"] == 1 and not Runs(place.learning).all()
+    assert delete_jobs(place.learning, "acme:bob")["runs"] == 1 and not Runs(place.learning).all()
+
+
+def test_all_of_a_tenant_goes_and_nothing_of_others(tmp_path, adapter):
+    """Its files without a job too, and what an admin did for it."""
+    place = Workplace(tmp_path)
+    keys, deletions = Keys(tmp_path / "state"), Deletions(tmp_path / "state")
+    for prefix in ("acme:", "acme:", "evil:"):
+        keys.add(prefix)
+    keys.add(admin=True)
+    for name in ("acme:ann", "acme:ann", "acme:bob", "evil:ann"):
+        place.store.put(name, adapter)
+    acme, evil, admin = (place.openai(key) for key in ("acme", "evil", "admin"))
+    running = acme.fine_tuning.jobs.create(model="acme:ann", training_file=place.upload(chats(4)))
+    stays = evil.fine_tuning.jobs.create(model="evil:ann", training_file=place.upload(chats(4), "evil"))
+    run = place.runner().runs.gather()
+    assert run is not None and {entry.job for entry in run.entries} == {running.id, stays.id}
+    admins = [place.upload(chats(4), "admin") for _ in range(2)]
+    admin.fine_tuning.jobs.create(model=BASE, training_file=admins[0], suffix="acme:new")
+    acme.fine_tuning.jobs.create(model=BASE, training_file=place.upload(chats(4)))
+    place.upload(chats(4))
+    place.upload(chats(4), "evil")
+    counts, names = delete_tenant(place.learning, keys, deletions, "acme:")
+    assert counts == {"keys": 2, "jobs": 3, "files": 4, "runs": 1, "runs_pending": 0, "versions": 3}
+    assert sorted(names) == ["acme:ann", "acme:bob"]
+    left = place.texts()
+    assert b"acme" not in left.replace(str(tmp_path).encode(), b""), "a file or a file's name tells of it"
+    assert {path.name for path in (tmp_path / "state/deleted").iterdir()} == {mark(name) for name in names}
+    assert list(place.store.names()) == ["evil:ann"] and [key.prefix for key in keys.list()] == ["", "evil:"]
+    assert [job.id for job in admin.fine_tuning.jobs.list()] == [stays.id] and len(list(evil.files.list())) == 2
+    assert admins[1] in [file.id for file in admin.files.list()] and evil.fine_tuning.jobs.retrieve(stays.id).status == "running"
+    counts, names = delete_tenant(place.learning, keys, deletions, "acme:")
+    assert not names and not any(counts.values())
+
+
+def test_jobs_that_ended_long_ago_are_forgotten(tmp_path):
+    """But not what a deletion needs: an adapter's last job with a file that is there."""
+    place = Workplace(tmp_path, job_days=2.0)
+    client, records = place.openai(), place.learning.records
+    kept, gone = place.upload(chats(4)), place.upload(chats(4))
+
+    def make(file: str, suffix: str, days: float | None) -> str:
+        job = client.fine_tuning.jobs.create(model=BASE, training_file=file, suffix=suffix).id
+        if days is not None:
+            client.fine_tuning.jobs.cancel(job)
+            path = f"jobs/acme=3a/{job}/end.json"
+            end = records.read(path)
+            assert end is not None
+            records.write(path, {**end, "at": time.time() - days * 86400})
+        return job
+
+    old = [make(kept, "ann", 3.0), make(kept, "ann", 3.0), make(gone, "ann", 3.0), make(kept, "bob", 3.0)]
+    young = [make(gone, "ann", 1.0), make(kept, "ann", None)]
+    client.files.delete(gone)
+    last = make(kept, "bob", 3.0)
+    damaged = place.folder / "state/jobs/_all" / new_id("ftjob")
+    damaged.mkdir(parents=True)
+    (damaged / "job.json").write_bytes(b"\x00")
+    assert expire(place.learning) == 4
+    assert [job.id for job in client.fine_tuning.jobs.list()] == [last, *young[::-1]]
+    assert not [path for path in place.folder.rglob("*") if any(job in path.name for job in old)]
+    assert expire(place.learning) == 0
+    client.fine_tuning.jobs.cancel(young[1])
+    delete_jobs(place.learning, "acme:bob")
+    assert [file.id for file in client.files.list()] == [kept] and delete_jobs(place.learning, "acme:ann")["files"] == 1

@@ -1,6 +1,7 @@
 """/v1/files: what is a training file is kept byte for byte, what isn't is answered with its lines; nobody sees another's."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from openai import BadRequestError, NotFoundError
@@ -102,6 +103,27 @@ def test_bad_requests(place):
         place.upload(GOOD)
     answer = http.post("/v1/files", files=file, data={"purpose": "fine-tune"})
     assert answer.status_code == 429 and answer.json()["error"]["code"] == "too_many_files"
+
+
+def test_the_bytes_of_a_tenants_files_are_bounded(tmp_path):
+    place = Workplace(tmp_path, max_file_bytes=2 * len(GOOD) + 10)
+    first, _ = place.upload(GOOD), place.upload(GOOD)
+    answer = place.http().post("/v1/files", files={"file": ("a.jsonl", GOOD)}, data={"purpose": "fine-tune"})
+    assert answer.status_code == 429 and answer.json()["error"]["code"] == "too_many_bytes"
+    assert f"have {2 * len(GOOD)} bytes and this one {len(GOOD)}, expected at most {2 * len(GOOD) + 10}" in answer.text
+    assert len(list(tmp_path.glob("state/files/*/*"))) == 4  # nothing of the refused one
+    place.upload(GOOD, "evil")
+    place.openai().files.delete(first)
+    place.upload(GOOD)
+
+
+@pytest.mark.parametrize("limit", [{"max_files": 3}, {"max_file_bytes": 3 * len(GOOD)}])
+def test_files_that_come_at_once_are_all_counted(tmp_path, limit):
+    http = Workplace(tmp_path, **limit).http()
+    ask = lambda _: http.post("/v1/files", files={"file": ("a.jsonl", GOOD)}, data={"purpose": "fine-tune"}).status_code  # noqa: E731
+    with ThreadPoolExecutor(12) as threads:
+        assert sorted(threads.map(ask, range(12))) == [200] * 3 + [429] * 9
+    assert len(list(tmp_path.glob("state/files/*/*"))) == 6
 
 
 def test_another_tenants_file_is_answered_like_one_that_never_was(place):

@@ -13,6 +13,7 @@ from tests.serving.gateway.workplace import BASE, Workplace, chats, flat, make_a
 from veralib import StoreError
 from veralib.fleet.run import train_fleet
 from veralib.fleet.settings import FleetSettings
+from veralib.serving.gateway import runs as runs_module
 from veralib.serving.gateway.paging import new_id
 
 
@@ -220,6 +221,50 @@ def test_bad_requests(quiet):
     assert list(quiet.openai().fine_tuning.jobs.list()) == [] and not list(quiet.folder.glob("state/jobs/*/*"))
 
 
+def test_a_job_of_too_many_examples(tmp_path):
+    place = Workplace(tmp_path, max_examples=10)
+    file = place.upload(chats(4))
+    body = {"model": BASE, "training_file": file, "hyperparameters": {"n_epochs": 3}}
+    status, error = refused(place, body)
+    assert (status, error["code"]) == (400, "too_many_examples")
+    assert error["message"].startswith("4 rows in 3 epochs are 12 examples, expected at most 10:")
+    assert place.openai().fine_tuning.jobs.create(model=BASE, training_file=file).hyperparameters.n_epochs == 2
+    assert refused(place, {"model": BASE, "training_file": place.upload(chats(6))})[1]["code"] == "too_many_examples"
+
+
+def test_runs_are_taken_in_turn_by_tenant(tmp_path):
+    """acme came first, with jobs of which no two may share a run."""
+    place = Workplace(tmp_path)
+    for key, count in (("acme", 4), ("evil", 2)):
+        file = place.upload(chats(4), key)
+        for seed in range(count):
+            seed += 10 * (key == "evil")
+            place.openai(key).fine_tuning.jobs.create(model=BASE, training_file=file, suffix=f"s{seed}", seed=seed)
+    runs, gathered = place.runner().runs, []
+    while (run := runs.gather()) is not None:
+        gathered += [entry.name for entry in run.entries]
+    assert gathered == ["acme:s0", "evil:s10", "acme:s1", "evil:s11", "acme:s2", "acme:s3"]
+
+
+def test_a_run_with_room_for_few_takes_from_every_tenant(tmp_path):
+    place = Workplace(tmp_path, max_owners=2)
+    for key in ("acme", "acme", "acme", "evil"):
+        place.openai(key).fine_tuning.jobs.create(model=BASE, training_file=place.upload(chats(4), key))
+    run = place.runner().runs.gather()
+    assert run is not None and [entry.folder for entry in run.entries] == ["acme=3a", "evil=3a"]
+
+
+def test_gathering_ends_in_time(tmp_path, monkeypatch):
+    """Deletions wait for it."""
+    monkeypatch.setattr(runs_module, "HOLD_SECONDS", 0.0)
+    place = Workplace(tmp_path)
+    file = place.upload(chats(4))
+    for _ in range(2):
+        place.openai().fine_tuning.jobs.create(model=BASE, training_file=file)
+    runs = place.runner().runs
+    assert [len(run.entries) for run in (runs.gather(), runs.gather()) if run is not None] == [1, 1]
+
+
 def test_too_many_waiting_jobs(quiet):
     client = quiet.openai()
     file = quiet.upload(chats(4))
@@ -292,6 +337,21 @@ def test_a_store_that_cannot_be_read_fails_the_job_without_a_word_of_where(tmp_p
     error = client.fine_tuning.jobs.retrieve(bad).error
     assert error.code == "adapter_damaged" and error.message == '"acme:ann" can\'t be read from the store.'
     assert str(tmp_path) not in place.http().get(f"/v1/fine_tuning/jobs/{bad}/events").text
+
+
+@pytest.mark.parametrize("what", ["waiting/{job}", "jobs/acme=3a/{job}/job.json", "files/acme=3a/{file}.json", "turns/acme=3a"])
+def test_a_damaged_record_stops_nobody_else(quiet, what):
+    file = quiet.upload(chats(4))
+    bad = quiet.openai().fine_tuning.jobs.create(model=BASE, training_file=file).id
+    good = quiet.openai("evil").fine_tuning.jobs.create(model=BASE, training_file=quiet.upload(chats(4), "evil")).id
+    path = quiet.folder / "state" / what.format(job=bad, file=file)
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(b"\x00")
+    run = quiet.runner().runs.gather()
+    assert run is not None and good in [entry.job for entry in run.entries]
+    if "files" in what:
+        assert quiet.openai().fine_tuning.jobs.retrieve(bad).error.code == "file_damaged"
+    assert (bad in [entry.job for entry in run.entries]) == ("turns" in what)
 
 
 def test_another_tenants_job_is_answered_like_one_that_never_was(quiet):

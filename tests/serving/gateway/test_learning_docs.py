@@ -21,4 +21,4 @@ def test_the_settings_on_the_page_are_the_defaults():
 def test_every_code_of_a_failed_job_is_on_the_page_and_in_the_code():
     table = PAGE.partition("| code of a failed job |")[2].partition("\n\n")[0]
     listed = set(re.findall(r"`(\w+)`", "".join(line.split("|")[1] for line in table.splitlines()[2:] if "|" in line)))
-    assert len(listed) == 13 and all(f'"{code}"' in CODE for code in listed)
+    assert len(listed) == 16 and all(f'"{code}"' in CODE for code in listed)

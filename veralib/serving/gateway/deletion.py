@@ -1,4 +1,4 @@
-"""Deletion: everything of one adapter, wherever it lies. What went is counted in the answer."""
+"""Deletion: everything of one adapter, or of one tenant, wherever it lies; jobs that ended long ago. What went is counted."""
 
 import contextlib
 import secrets
@@ -9,28 +9,18 @@ from dataclasses import replace
 from ...errors import StoreError, UnknownName
 from ...store import open_store
 from . import training
+from .deletions import Deletions
 from .errors import ApiError
 from .files import Upload
 from .jobs import Job
+from .keys import Keys
 from .learning import Learning
 from .records import GATHER, tenant_folder
 from .runs import Entry, Run, Runs
+from .tenants import EVERYBODY, Tenant
 
 WAIT_SECONDS = 90.0
 """For a run that trains elsewhere to take out what is deleted."""
-
-
-def delete_owner(learning: Learning, name: str) -> dict[str, int]:
-    """Removes an adapter: its versions in the store, and all that delete_jobs removes."""
-    counts = delete_jobs(learning, name)  # first: a job that still ran would put a new version
-    try:
-        versions = len(learning.store.versions(name))
-    except UnknownName:
-        return {"versions": 0, **counts}
-    except StoreError:  # what is damaged can be deleted too
-        versions = 1
-    learning.store.delete(name)
-    return {"versions": versions, **counts}
 
 
 def delete_jobs(learning: Learning, name: str) -> dict[str, int]:
@@ -38,22 +28,85 @@ def delete_jobs(learning: Learning, name: str) -> dict[str, int]:
 
     runs_pending: runs of another gateway that didn't take it out in time; it goes with them when they end.
     """
-    counts = dict.fromkeys(("jobs", "files", "runs", "runs_pending"), 0)
     # Nobody gathers meanwhile, and whoever is about to promote sees that the job is gone.
     with learning.records.lock(GATHER), learning.records.lock(name):
         jobs = learning.jobs.of_owner(name)
-        ids = {job.id for job in jobs}
+        uploads = _files_of(learning, name, jobs)
         # Files before jobs: where this process is killed in between, the next deletion still knows whose they were.
-        for upload in _files_of(learning, name, jobs):
+        for upload in uploads:
             learning.uploads.delete(upload)
-            counts["files"] += 1
         for job in jobs:
             learning.jobs.forget(job)
-            counts["jobs"] += 1
-    runs = Runs(learning)
+    return {"jobs": len(jobs), "files": len(uploads), **_take_out(learning, {job.id for job in jobs})}
+
+
+def delete_tenant(learning: Learning, keys: Keys, deletions: Deletions, prefix: str) -> tuple[dict[str, int], list[str]]:
+    """Removes all that a prefix has: keys first, so that nobody adds to it, then files, jobs, its part of runs, adapters.
+
+    Returns counts as delete_jobs does, with keys and versions, and the names of the adapters. Engines forget them as gateways
+    look for what was deleted. What was killed midway is carried to its end by the next call.
+    """
+    mine = [key.id for key in keys.list() if key.prefix == prefix and not key.admin]
+    for key in mine:
+        keys.revoke(key)
+    folder = tenant_folder(prefix)
+    with learning.records.lock(GATHER):
+        jobs = [job for job in learning.jobs.of_folders([folder, tenant_folder("")]) if job.name.startswith(prefix)]
+        uploads = {
+            upload.id: upload for upload in (*_files_of(learning, prefix, jobs), *learning.uploads.of_tenant(Tenant("", prefix)))
+        }
+        for upload in uploads.values():
+            learning.uploads.delete(upload)
+    for job in jobs:  # others gather and delete in between
+        with learning.records.lock(GATHER), learning.records.lock(job.name):
+            learning.jobs.forget(job)
+    for part in ("files", "jobs", "turns"):
+        learning.records.remove(f"{part}/{folder}")
+    counts = {"keys": len(mine), "jobs": len(jobs), "files": len(uploads), **_take_out(learning, {job.id for job in jobs})}
+    names, counts["versions"] = list(learning.store.names(prefix)), 0
+    for name in names:
+        with contextlib.suppress(UnknownName), learning.records.lock(name):  # somebody else was faster
+            counts["versions"] += _count_versions(learning, name)
+            learning.store.delete(name)
+        deletions.note(name, done=False)
+    return counts, names
+
+
+def expire(learning: Learning) -> int:
+    """Forgets jobs that ended longer ago than job_days; how many. An adapter's last job with a file that is still there stays:
+    by it the adapter's deletion finds the file."""
+    days = learning.settings.job_days
+    files = {upload.id for upload in learning.uploads.of_tenant(EVERYBODY)} if days else set()
+    forgotten = 0
+    for folder in learning.records.names("jobs") if days else ():
+        needed: set[tuple[str, str]] = set()
+        for job in sorted(learning.jobs.of_folders([folder]), key=lambda job: job.id, reverse=True):
+            end = learning.jobs.ending(job)
+            uses = {(job.name, file) for file in _used(job) if file in files}
+            if end is None or time.time() - end["at"] < 86400 * days or not uses <= needed:
+                needed |= uses
+                continue
+            with learning.records.lock(job.name):
+                learning.jobs.forget(job)
+            forgotten += 1
+    return forgotten
+
+
+def _count_versions(learning: Learning, name: str) -> int:
+    try:
+        return len(learning.store.versions(name))
+    except UnknownName:
+        raise
+    except StoreError:  # what is damaged can be deleted too
+        return 1
+
+
+def _take_out(learning: Learning, jobs: set[str]) -> dict[str, int]:
+    """{"runs": in which they were, "runs_pending": that didn't let go of them in time}."""
+    counts, runs = {"runs": 0, "runs_pending": 0}, Runs(learning)
     for run in runs.all():
-        if any(entry.job in ids for entry in run.entries):
-            counts["runs" if _taken_out(runs, run, ids) else "runs_pending"] += 1
+        if any(entry.job in jobs for entry in run.entries):
+            counts["runs" if _taken_out(runs, run, jobs) else "runs_pending"] += 1
     return counts
 
 

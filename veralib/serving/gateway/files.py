@@ -50,8 +50,9 @@ class Upload:
 class Uploads:
     """The files of all tenants. Whoever asks for another's gets what one gets for a file that never was."""
 
-    def __init__(self, records: Records, max_line: int, max_lines: int, max_files: int) -> None:
-        self.records, self.max_line, self.max_lines, self.max_files = records, max_line, max_lines, max_files
+    def __init__(self, records: Records, max_line: int, max_lines: int, max_files: int, max_bytes: int) -> None:
+        self.records, self.max_line, self.max_lines = records, max_line, max_lines
+        self.max_files, self.max_bytes = max_files, max_bytes
 
     def create(self, tenant: Tenant, file: IO[bytes], filename: str, purpose: str) -> Upload:
         """Checks a file line by line and keeps it. ApiError 400 names the lines that are wrong."""
@@ -59,8 +60,7 @@ class Uploads:
             raise ApiError(
                 400, f'purpose is "{shown(purpose, 60)}", expected "{PURPOSE}".', code="invalid_purpose", param="purpose"
             )
-        if len(self.records.names(f"files/{tenant_folder(tenant.prefix)}")) >= 2 * self.max_files:
-            raise ApiError(429, f"There are {self.max_files:,} files already: delete some.", code="too_many_files")
+        self._check_room(tenant, 0)  # before the work; what counts is the look under the lock
         upload = Upload(new_id("file"), tenant.prefix, shown(filename, 255), 0, 0, int(time.time()))
         rows = 0
 
@@ -75,8 +75,29 @@ class Uploads:
         except chats.BadFile as e:
             raise ApiError(400, f"{e}.", code="invalid_training_file", param="file") from None
         upload = Upload(**{**asdict(upload), "bytes": size, "rows": rows})
-        self.records.write(f"{upload.folder}/{upload.id}.json", asdict(upload))  # from here on it is there
+        try:
+            with self.records.lock(f"files of {upload.folder}"):  # two that come at once are both counted
+                self._check_room(tenant, size)
+                self.records.write(f"{upload.folder}/{upload.id}.json", asdict(upload))  # from here on it is there
+        except ApiError:
+            self.records.remove(f"{upload.folder}/{upload.id}.jsonl")
+            raise
         return upload
+
+    def _check_room(self, tenant: Tenant, size: int) -> None:
+        """ApiError 429 where the tenant has no room for one more file of so many bytes."""
+        folder = f"files/{tenant_folder(tenant.prefix)}"
+        there = [name for name in self.records.names(folder) if name.endswith(".json")]
+        if len(there) >= self.max_files:
+            raise ApiError(429, f"There are {self.max_files:,} files already: delete some.", code="too_many_files")
+        held = sum(self.records.size(f"{folder}/{name}l") for name in there)
+        if held + size > self.max_bytes:
+            raise ApiError(
+                429,
+                f"The files that are there have {held:,} bytes and this one {size:,}, expected at most {self.max_bytes:,}: "
+                "delete some.",
+                code="too_many_bytes",
+            )
 
     def get(self, tenant: Tenant, file: str, param: str | None = None) -> Upload:
         """ApiError 404 where there is none of this tenant's."""

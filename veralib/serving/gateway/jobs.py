@@ -2,21 +2,24 @@
 
 jobs/<tenant>/<id>/job.json       what was asked; from here on the job is acknowledged
                    taken.json     the run that trains it now
+                   apart.json     after a run that failed: whom it may share the next one with
                    events.jsonl   what list_events shows
                    end.json       how it ended, written once, under the lock of its adapter's name
 waiting/<id>                      jobs that haven't ended, for the runner
 owners/<shard>/<name>/<id>        jobs of one adapter, for whoever deletes it
 """
 
+import contextlib
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ...store.files import STALE_SECONDS
 from ...store.names import key_of, shard_of
-from .errors import ApiError, shown
+from .errors import LOG, ApiError, shown
 from .paging import is_id, new_id, seconds_since
-from .records import STALE_SECONDS, Records, tenant_folder
+from .records import DamagedRecord, Records, tenant_folder
 from .tenants import Tenant
 
 
@@ -89,10 +92,10 @@ class Jobs:
         return [(folder, name) for folder in folders for name in self.records.names(f"jobs/{folder}") if is_id("ftjob", name)]
 
     def of_folders(self, folders: list[str]) -> Iterator[Job]:
-        """All jobs in these tenants' folders."""
+        """All jobs in these tenants' folders, without those whose records are damaged."""
         for folder in folders:
             for name in self.records.names(f"jobs/{folder}"):
-                if (found := self._read(folder, name)) is not None:
+                if (found := self.find(folder, name)) is not None:
                     yield found
 
     def of_owner(self, name: str) -> list[Job]:
@@ -105,8 +108,13 @@ class Jobs:
         """Jobs that haven't ended, the oldest first. Entries that a crash left behind are removed: they count as waiting."""
         found = []
         for name in sorted(self.records.names("waiting")):
-            entry = self.records.read(f"waiting/{name}")
-            job = None if entry is None else self._read(entry["tenant"], name)
+            try:
+                entry = self.records.read(f"waiting/{name}")
+                job = None if entry is None else self._read(entry["tenant"], name)
+            except DamagedRecord as e:
+                LOG.error("jobs: %s waits no longer, as its record is damaged: %s", name, e)
+                self.records.remove(f"waiting/{name}")
+                continue
             if job is not None and not self.has_ended(job):
                 found.append(job)
             elif job is not None or seconds_since(name) > STALE_SECONDS:  # a young one's job may just be written
@@ -114,17 +122,25 @@ class Jobs:
         return found
 
     def find(self, folder: str, job: str) -> Job | None:
-        """A job by its tenant's folder and id; None where it was deleted."""
-        return self._read(folder, job)
+        """A job by its tenant's folder and id; None where it was deleted, or its record is damaged."""
+        try:
+            return self._read(folder, job)
+        except DamagedRecord as e:
+            LOG.error("jobs: %s is passed over: %s", job, e)
+            return None
 
     def _waiting(self) -> Iterator[dict[str, Any]]:
         for name in self.records.names("waiting"):
-            if (entry := self.records.read(f"waiting/{name}")) is not None:
-                yield entry
+            with contextlib.suppress(DamagedRecord):  # waiting() removes it
+                if (entry := self.records.read(f"waiting/{name}")) is not None:
+                    yield entry
 
     def _read(self, folder: str, job: str) -> Job | None:
         record = self.records.read(f"jobs/{folder}/{job}/job.json")
-        return None if record is None else Job(**record)
+        try:
+            return None if record is None else Job(**record)
+        except TypeError as e:
+            raise DamagedRecord(f"jobs/{folder}/{job}/job.json is no job's record: {e}.") from e
 
     # What becomes of a job
 
@@ -148,6 +164,25 @@ class Jobs:
     def take(self, job: Job, run: str) -> None:
         """The run that trains it."""
         self.records.write(f"{job.folder}/taken.json", {"run": run, "at": int(time.time())})
+
+    def run_of(self, job: Job) -> str | None:
+        """The run that trains it, or None."""
+        return self._word(job, "taken", "run")
+
+    def set_apart(self, job: Job, part: str) -> None:
+        """It waits again, for a run with those alone that have the same part; the caller holds the lock of its name."""
+        self.records.write(f"{job.folder}/apart.json", {"part": part})
+        self.records.remove(f"{job.folder}/taken.json")
+        self.tell(job, "The run failed. Its jobs are trained again in smaller runs.", "warn")
+
+    def part_of(self, job: Job) -> str | None:
+        """What set_apart said last."""
+        return self._word(job, "apart", "part")
+
+    def _word(self, job: Job, record: str, field: str) -> str | None:
+        with contextlib.suppress(DamagedRecord, KeyError, TypeError):  # a job's own, and no hindrance to others
+            return (self.records.read(f"{job.folder}/{record}.json") or {field: None})[field]
+        return None
 
     def end(self, job: Job, status: str, message: str, code: str | None = None, **more: Any) -> None:
         """How it ended; the caller holds the lock of its name and has seen that it hadn't. Its last event says the same."""
@@ -177,7 +212,7 @@ class Jobs:
     def to_openai(self, job: Job) -> dict[str, Any]:
         """OpenAI's FineTuningJob object."""
         end = self.ending(job)
-        taken = end is None and self.records.read(f"{job.folder}/taken.json") is not None
+        taken = end is None and self.run_of(job) is not None
         status = end["status"] if end is not None else "running" if taken else "queued"
         hyperparameters = {
             "n_epochs": job.epochs,

@@ -59,8 +59,13 @@ class LearningSettings:
     """Starts of a run that fails, before its jobs do."""
     max_waiting: int = 100
     """Jobs of a tenant that haven't ended."""
+    max_examples: int = 1_000_000
+    """Rows that a job may learn, each as often as there are epochs."""
     max_files: int = 1000
-    """Files of a tenant."""
+    max_file_bytes: int = 10 * 2**30
+    """Of all files of a tenant."""
+    job_days: float = 90.0
+    """How long a job is remembered after its end; 0: for ever."""
     max_rows: int = 100_000
     max_line: int = 2**20
     """Bytes."""
@@ -68,7 +73,10 @@ class LearningSettings:
     def __post_init__(self) -> None:
         faults = [
             f"{name} is {getattr(self, name)!r}, expected a number above 0"
-            for name in ("lr", "epochs", "batch_size", "max_length", "slots", "lease_seconds", "attempts", "max_owners")
+            for name in (
+                *("lr", "epochs", "batch_size", "max_length", "slots", "lease_seconds", "attempts", "max_owners"),
+                *("max_examples", "max_files", "max_file_bytes"),
+            )
             if not _is_positive(getattr(self, name))
         ]
         if not _is_positive(self.held_out) or self.held_out >= 1:
@@ -91,7 +99,7 @@ class Learning:
 
     def __init__(self, state: str | Path, store: Store, settings: LearningSettings) -> None:
         self.records, self.store, self.settings = Records(state), store, settings
-        self.uploads = Uploads(self.records, settings.max_line, settings.max_rows, settings.max_files)
+        self.uploads = Uploads(self.records, settings.max_line, settings.max_rows, settings.max_files, settings.max_file_bytes)
         self.jobs = Jobs(self.records, settings.max_waiting)
 
 

@@ -9,7 +9,6 @@ import fcntl
 import hashlib
 import json
 import os
-import shutil
 import time
 import uuid
 from collections.abc import Iterable, Iterator
@@ -22,12 +21,14 @@ from ...store.names import key_of
 
 GATHER = "gather"
 """The lock of who makes a run."""
-STALE_SECONDS = 3600.0
-"""A temporary file so old belongs to nobody any more."""
 
 
 class RecordError(StoreError):
     """The state folder, not an adapter: it can't be written or read, or a record in it is damaged."""
+
+
+class DamagedRecord(RecordError):
+    """It was read, and is no record: that won't pass."""
 
 
 @contextlib.contextmanager
@@ -56,14 +57,14 @@ class Records:
             raise ConfigError(f"can't make the state folder {self.root}: {e.strerror or e}.") from e
 
     def read(self, path: str) -> dict[str, Any] | None:
-        """A record, or None where there is none."""
+        """A record, or None where there is none. DamagedRecord."""
         try:
             with _telling(path):
                 return json.loads(self._files.read(path))
         except FileNotFoundError:
             return None
         except ValueError as e:
-            raise RecordError(f"{self.root / path} holds no JSON: {e}. Restore it from a backup, or remove it.") from e
+            raise DamagedRecord(f"{self.root / path} holds no JSON: {e}. Restore it from a backup, or remove it.") from e
 
     def write(self, path: str, record: Any) -> None:
         """On the disk when it returns."""
@@ -113,6 +114,12 @@ class Records:
         """Names in a folder; none where there is no such folder."""
         return self._files.list(folder)
 
+    def size(self, path: str) -> int:
+        """A file's bytes; 0 where it isn't there."""
+        with contextlib.suppress(FileNotFoundError):
+            return (self.root / path).stat().st_size
+        return 0
+
     def remove(self, path: str) -> None:
         """A file, or a folder with all in it, gone for every reader at once; fine where it is gone already."""
         with _telling(path):
@@ -134,8 +141,7 @@ class Records:
     def claim(self, path: str, owner: str, seconds: float) -> bool:
         """Takes a lease for `owner`, or renews it; False where another holds it, or the lease's folder is gone."""
         with self.lock(path):
-            found = self.read(path)
-            if found is not None and found["owner"] != owner and found["until"] > time.time():
+            if (found := self._lease(path)) is not None and found[0] != owner and found[1] > time.time():
                 return False
             if not (self.root / path).parent.is_dir():
                 return False
@@ -145,16 +151,20 @@ class Records:
     def release(self, path: str, owner: str) -> None:
         """Gives a lease back, if it is still this owner's."""
         with self.lock(path):
-            found = self.read(path)
-            if found is not None and found["owner"] == owner:
+            if (found := self._lease(path)) is not None and found[0] == owner:
                 self.remove(path)
+
+    def _lease(self, path: str) -> tuple[str, float] | None:
+        """(owner, until when); a damaged one is nobody's."""
+        try:
+            found = self.read(path)
+            return None if found is None else (found["owner"], found["until"])
+        except (DamagedRecord, KeyError, TypeError):
+            return None
 
     def sweep(self) -> None:
         """Removes what killed processes left in tmp/."""
-        for path in (self.root / "tmp").iterdir():
-            with contextlib.suppress(OSError):
-                if time.time() - path.stat().st_mtime > STALE_SECONDS:
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+        self._files.sweep()
 
 
 def tenant_folder(prefix: str) -> str:

@@ -80,6 +80,15 @@ def create_job(body: JobRequest, tenant: Caller, here: Here) -> Response:
     inner = body.method.supervised.hyperparameters if body.method is not None and body.method.supervised is not None else None
     wanted = inner or body.hyperparameters or Hyperparameters()
     settings = here.settings
+    epochs = settings.epochs if wanted.n_epochs == "auto" else wanted.n_epochs
+    if training.rows * epochs > settings.max_examples:
+        raise ApiError(
+            400,
+            f"{training.rows:,} rows in {epochs} epochs are {training.rows * epochs:,} examples, expected at most "
+            f"{settings.max_examples:,}: lower n_epochs, or give fewer rows.",
+            code="too_many_examples",
+            param="hyperparameters",
+        )
     job = Job(
         id=new_id("ftjob"),
         tenant=tenant.prefix,
@@ -88,7 +97,7 @@ def create_job(body: JobRequest, tenant: Caller, here: Here) -> Response:
         start=start,
         training_file=training.id,
         validation_file=None if validation is None else validation.id,
-        epochs=settings.epochs if wanted.n_epochs == "auto" else wanted.n_epochs,
+        epochs=epochs,
         batch_size=settings.batch_size if wanted.batch_size == "auto" else wanted.batch_size,
         lr_multiplier=1.0 if wanted.learning_rate_multiplier == "auto" else wanted.learning_rate_multiplier,
         seed=body.seed or 0,

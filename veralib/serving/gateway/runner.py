@@ -18,11 +18,11 @@ from typing import Any
 from ...errors import StoreError
 from ...store import Store, open_store
 from . import training
-from .deletion import drop
+from .deletion import drop, expire
 from .jobs import Job
 from .learning import Learning
 from .promotion import settle
-from .records import RecordError
+from .records import DamagedRecord, RecordError
 from .runs import Entry, Run, Runs
 
 LOG = logging.getLogger("veralib.gateway")
@@ -64,6 +64,7 @@ class Runner:
                     swept = time.monotonic()
                     self.learning.records.sweep()
                     self.learning.uploads.sweep()
+                    expire(self.learning)
                 worked = self.step()
             except Exception:  # one bad run or a full disk must not end what trains for everybody
                 LOG.exception("jobs: a run failed on the gateway's side; it is tried again")
@@ -74,8 +75,11 @@ class Runner:
 
     def step(self) -> bool:
         """Takes up one run and carries it to its end; False where there is none to take."""
-        self.runs.gather()
         self._put_off = {run: until for run, until in self._put_off.items() if until > time.monotonic()}
+        for name, why in self.runs.unreadable().items():
+            if name not in self._put_off:
+                self._end_unreadable(Run(name, ()), why)
+        self.runs.gather()
         for run in self.runs.all():
             if run.id not in self._put_off and self._claim(run):
                 try:
@@ -88,6 +92,23 @@ class Runner:
                     self.learning.records.release(run.lease, self.id)
                 return True
         return False
+
+    def _end_unreadable(self, run: Run, why: RecordError) -> None:
+        """A run whose record is damaged ends, and its jobs fail. One that can't be read now is looked at again later."""
+        self._put_off[run.id] = time.monotonic() + PUT_OFF_SECONDS
+        LOG.error("jobs: a run can't be read: %s", why)
+        if not isinstance(why, DamagedRecord) or not self._claim(run, training.STOP_SECONDS + 10.0):
+            return
+        try:
+            if not training.stop(self.runs.path(run)):
+                return
+            jobs = self.learning.jobs
+            for job in jobs.waiting():
+                if jobs.run_of(job) == run.id:
+                    self.runs.fail(job, "The record of its run was damaged. Create the job again.", "run_damaged")
+            self.runs.remove(run)
+        finally:
+            self.learning.records.release(run.lease, self.id)
 
     def _claim(self, run: Run, seconds: float = 0.0) -> bool:
         """seconds: how long it won't be renewed."""
@@ -140,6 +161,9 @@ class _Carrying:
                 self._hold(pause)
                 self.runner._ending.wait(pause)
             if self.run.attempts >= self.learning.settings.attempts:
+                if len(self._open_jobs()) > 1:
+                    self._halve()
+                    return
                 self._finish({})
             elif not self.runner._ending.is_set():
                 self.process = training.start(self.folder, self.learning.settings)
@@ -188,9 +212,7 @@ class _Carrying:
             self.again[job.id] = tries, time.monotonic() + BACKOFF_SECONDS * 2**tries
             return False
         why = "The store doesn't take its version. The gateway's log says why; create the job again."
-        with self.learning.records.lock(job.name):
-            if not self.learning.jobs.has_ended(job):
-                self.learning.jobs.end(job, "failed", why, "not_stored")
+        self.runs.fail(job, why, "not_stored")
         return True
 
     def _stop(self) -> bool:
@@ -228,9 +250,16 @@ class _Carrying:
             why, code = unusable.get(entry.name), "unusable_data"
             if why is None:
                 why, code = "The training process failed. The gateway's log says why; create the job again.", "training_failed"
+            self.runs.fail(job, why, code)
+
+    def _halve(self) -> None:
+        """Its open jobs train again in two runs: by halves, whoever makes the process fail is left alone and fails alone."""
+        jobs = self._open_jobs()
+        for number, (_, job) in enumerate(jobs):
             with self.learning.records.lock(job.name):
                 if not self.learning.jobs.has_ended(job):
-                    self.learning.jobs.end(job, "failed", why, code)
+                    self.learning.jobs.set_apart(job, f"{self.run.id}/{2 * number // len(jobs)}")
+        self.runs.remove(self.run)
 
     def _open_jobs(self) -> list[tuple[Entry, Job]]:
         found = [(entry, self.runs.job(entry)) for entry in self.run.entries]

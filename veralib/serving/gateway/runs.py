@@ -7,9 +7,13 @@ runs/<id>/run.json        the jobs; written last, so a folder without it is nobo
           fleet/          the fleet's output; fleet/store is where new versions wait to be promoted
           lease.json      whose run it is now
           process.lock    held by the process that trains, as long as it lives
+turns/<tenant>            when a job of the tenant's was last gathered
 """
 
+import contextlib
 import json
+import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,9 +27,11 @@ from .errors import LOG, ApiError
 from .jobs import Job
 from .learning import Learning, LearningSettings
 from .paging import new_id, seconds_since
-from .records import GATHER
+from .records import GATHER, DamagedRecord, RecordError, tenant_folder
 
 HELD_OUT = "held_out"
+HOLD_SECONDS = 5.0
+"""For which a run is gathered; who isn't in it by then is in a later one. Deletions wait meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -64,15 +70,32 @@ class Runs:
         self.learning, self.records, self.jobs = learning, learning.records, learning.jobs
 
     def all(self) -> list[Run]:
-        """The oldest first."""
-        return [run for name in sorted(self.records.names("runs")) if (run := self.read(name)) is not None]
+        """The oldest first, without those that can't be read."""
+        return self._look()[0]
+
+    def unreadable(self) -> dict[str, RecordError]:
+        """Why, by the id."""
+        return self._look()[1]
+
+    def _look(self) -> tuple[list[Run], dict[str, RecordError]]:
+        found: list[Run] = []
+        unreadable: dict[str, RecordError] = {}
+        for name in sorted(self.records.names("runs")):
+            try:
+                found += [run] if (run := self.read(name)) is not None else []
+            except RecordError as e:
+                unreadable[name] = e
+        return found, unreadable
 
     def read(self, run: str) -> Run | None:
-        """None where it has ended."""
+        """None where it has ended. DamagedRecord."""
         record = self.records.read(f"runs/{run}/run.json")
         if record is None:
             return None
-        return Run(record["id"], tuple(Entry(**e) for e in record["entries"]), record["attempts"])
+        try:
+            return Run(run, tuple(Entry(**e) for e in record["entries"]), record["attempts"])
+        except (KeyError, TypeError) as e:
+            raise DamagedRecord(f"runs/{run}/run.json is no run's record: {e!r}.") from e
 
     def write(self, run: Run) -> None:
         """What changed of it."""
@@ -89,17 +112,19 @@ class Runs:
     # Gathered
 
     def gather(self) -> Run | None:
-        """Makes a run of the jobs that wait longest and those that may share their run; None where nobody waits.
+        """Makes a run of a job of the tenant whose turn it is and of those that may share its run; None where nobody waits.
 
         An adapter's jobs train one after another: the later goes on from what the earlier made.
         """
         with self.records.lock(GATHER):
-            live = self.all()
-            for name in set(self.records.names("runs")) - {run.id for run in live}:
+            live, unreadable = self._look()
+            for name in set(self.records.names("runs")) - {run.id for run in live} - set(unreadable):
                 self.records.remove(f"runs/{name}")  # its maker died, or it has just ended
             jobs = {entry.job for run in live for entry in run.entries}
             names = {entry.name for run in live for entry in run.entries}
             waiting = [job for job in self.jobs.waiting() if job.id not in jobs]
+            if unreadable:
+                waiting = [job for job in waiting if self.jobs.run_of(job) not in unreadable]
             free: dict[str, Job] = {}
             for job in waiting:
                 if job.name not in names:
@@ -107,7 +132,23 @@ class Runs:
             ready = list(free.values())
             if not ready or seconds_since(ready[0].id) < self.learning.settings.gather_seconds:
                 return None
-            return self._make(ready)
+            return self._make(self._in_turn(ready))
+
+    def _in_turn(self, ready: list[Job]) -> list[Job]:
+        """The first job of each tenant, then the second ones, and so on; each time that tenant first whose last turn is longest
+        ago."""
+        last = {tenant: self._last_turn(tenant) for tenant in {job.tenant for job in ready}}
+        count: Counter[str] = Counter()
+        places = []
+        for job in ready:
+            places.append((count[job.tenant], last[job.tenant], job))
+            count[job.tenant] += 1
+        return [job for *_, job in sorted(places, key=lambda place: place[:2])]
+
+    def _last_turn(self, tenant: str) -> float:
+        with contextlib.suppress(DamagedRecord, KeyError, TypeError):
+            return float((self.records.read(f"turns/{tenant_folder(tenant)}") or {"at": 0.0})["at"])
+        return 0.0
 
     def _make(self, ready: list[Job]) -> Run | None:
         run = Run(new_id("run"), ())
@@ -115,22 +156,23 @@ class Runs:
         entries: list[Entry] = []
         group: tuple | None = None
         config = self.learning.settings.config()
-        example = ready[0]
+        example, until = ready[0], time.monotonic() + HOLD_SECONDS
         for job in ready:
             try:
                 start, served, version = self._start(job)
                 mine = self.learning.settings.config() if start is None else start.config
-                if (group or _group(job, mine)) != _group(job, mine):
+                asks = (*_group(job, mine), self.jobs.part_of(job))
+                if (group or asks) != asks:
                     continue  # the next run's
                 self.records.write_chunks(f"{run.folder}/data/{job.name}.jsonl", self._rows(job))
             except _Unfit as e:
-                self._fail(job, str(e), e.code)
+                self.fail(job, str(e), e.code)
                 continue
             if start is not None:
                 starts.put(job.name, start)
-            group, config, example = _group(job, mine), mine, job
+            group, config, example = asks, mine, job
             entries.append(Entry(job.id, job.folder.split("/")[1], job.name, served, version))
-            if len(entries) == self.learning.settings.max_owners:
+            if len(entries) == self.learning.settings.max_owners or time.monotonic() > until:
                 break
         if not entries:
             self.remove(run)
@@ -142,6 +184,8 @@ class Runs:
             settings["start_from"] = str(self.path(run, "start"))
         self.records.write(f"{run.folder}/settings.yaml", settings)  # JSON is YAML
         self.write(run)
+        for folder in {entry.folder for entry in entries}:
+            self.records.write(f"turns/{folder}", {"at": time.time()})
         for entry in entries:
             if (taken := self.job(entry)) is not None:
                 self.jobs.take(taken, run.id)
@@ -159,6 +203,9 @@ class Runs:
             served, version = None, None
         except StoreError as e:
             raise _damaged(job, job.name, e) from None
+        if job.start is not None and served is not None:  # it came after the job was created
+            why = f'There is a "{job.name}" by now, and this job doesn\'t go on from it. Give it as model, or delete it first.'
+            raise _Unfit(why, "name_taken")
         source = job.start or (job.name if served is not None else None)
         if source is None:
             if job.model != self.learning.settings.base_name:
@@ -184,8 +231,12 @@ class Runs:
                     yield json.dumps({"messages": messages, **mark}).encode() + b"\n"
             except (FileNotFoundError, ApiError):
                 raise _Unfit("Its file was deleted before the job began.", "file_deleted") from None
+            except (StoreError, OSError, ValueError) as e:
+                LOG.warning("jobs: %s can't read its file %s: %s", job.id, file, e)
+                raise _Unfit("Its file can't be read. Upload it again.", "file_damaged") from None
 
-    def _fail(self, job: Job, message: str, code: str) -> None:
+    def fail(self, job: Job, message: str, code: str) -> None:
+        """Ends a job, unless it has ended."""
         with self.records.lock(job.name):
             if not self.jobs.has_ended(job):
                 self.jobs.end(job, "failed", message, code)
