@@ -1,4 +1,4 @@
-"""vera serve: the OpenAI API in front of thousands of adapters; vera serve keys: who may use it."""
+"""vera serve: the OpenAI API in front of thousands of adapters; vera serve keys: who may use it; vera serve forget."""
 
 import datetime
 import inspect
@@ -129,6 +129,46 @@ def revoke(id: str = Argument(help="The key's id, from vera serve keys list."), 
     print(f"revoked {id}")
 
 
+def forget(
+    prefix: str = Argument(help='Whose everything is removed, such as "acme:".'),
+    store: str = Option(..., "--store", help="The store of the adapters."),
+    state: str = STATE,
+) -> None:
+    """Remove a tenant: its keys, adapters with all versions, files, jobs, and what engines hold of them in memory.
+
+    Gateways may run meanwhile: a run that trains stops and goes on without it.
+
+    Example:
+
+        vera serve forget acme: --store fleet/store --state gateway
+    """
+    try:
+        from ..serving.gateway.deletion import delete_tenant
+        from ..serving.gateway.learning import Learning, LearningSettings
+    except ImportError as e:
+        from ..errors import need
+
+        raise need(str(e.name), "serve", "vera serve forget") from e
+    from ..serving.gateway.deletions import Deletions
+    from ..serving.gateway.tenants import PREFIX
+    from ..store import open_store
+
+    if PREFIX.fullmatch(prefix) is None:
+        raise ConfigError(f'prefix is "{prefix[:80]}", expected one of vera serve keys list, such as "acme:".')
+    for what, where in (("store", f"{store}/store.json"), ("state folder", state)):
+        if "://" not in where and not Path(where).exists():
+            raise ConfigError(f"there is no {what} at {where}: name those of the gateway, with --store and --state.")
+    learning = Learning(state, open_store(store), LearningSettings(None, ""))
+    counts, names = delete_tenant(learning, _keys(state), Deletions(state), prefix)
+    if not names and not any(counts.values()):
+        raise ConfigError(f'nothing begins with "{prefix}" in {store} and {state}.')
+    table(
+        f"what went of {prefix}", ("what", "how many"), [("adapters", str(len(names))), *((k, str(n)) for k, n in counts.items())]
+    )
+    for name in names:
+        print(name)
+
+
 def _keys(state: str) -> Any:
     from ..serving.gateway.keys import Keys
 
@@ -143,4 +183,5 @@ def build() -> Any:
     for name, command in (("add", add), ("list", list_), ("revoke", revoke)):
         keys.command(name)(fails_clearly(command))
     app.add_typer(keys, name="keys")
+    app.command()(fails_clearly(forget))
     return app

@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from tests.serving.gateway.fake import fake_python, wait_until
+from tests.serving.gateway.workplace import chats
 from tests.test_cli import plain, vera
 
 TEXT = {"model": "tiny-base", "prompt": "x"}
@@ -58,6 +59,24 @@ def test_keys_come_and_go_while_it_runs(world, server):
     assert f"revoked {id}" in vera("serve", "keys", "revoke", id, "--state", world.state)
     assert _status(f"{url}/v1/models", **ask) == 401
     assert 'prefix is "initech"' in vera("serve", "keys", "add", "--prefix", "initech", "--state", world.state, code=1)
+
+
+def test_a_tenant_is_forgotten_while_a_gateway_runs(world, server):
+    _, url = server
+    for name in ("acme:ann", "globex:ann"):
+        world.http(url, name.split(":")[0]).post("/v1/completions", json={**TEXT, "model": name}).raise_for_status()
+    files = world.client(url).files
+    files.create(file=("a.jsonl", chats(2)), purpose="fine-tune")
+    where = ("--store", world.store_path, "--state", world.state)
+    out = plain(vera("serve", "forget", "acme:", *where))
+    assert all(line in out for line in ("adapters 2", "keys 1", "files 1", "versions 2")) and "acme:ann acme:bob" in out
+    assert world.http(url).get("/v1/models").status_code == 401 and list(world.store.names()) == ["globex:ann"]
+    assert wait_until(lambda: [name.partition("@")[0] for name in world.fake.loaded] == ["globex:ann"])
+    assert world.http(url, "globex").get("/v1/models/globex:ann").status_code == 200
+    assert 'nothing begins with "acme:"' in plain(vera("serve", "forget", "acme:", *where, code=1))
+    for wrong in (("globex", *where), ("globex:", "--store", "none", *where[2:]), ("globex:", *where[:2], "--state", "none")):
+        vera("serve", "forget", *wrong, code=1)
+    assert list(world.store.names()) == ["globex:ann"] and not os.path.exists("none")
 
 
 def test_sigterm_lets_streams_end(world, server):
