@@ -413,7 +413,7 @@ def test_a_run_that_cannot_be_read_now_waits_and_stops_nobody(tmp_path, monkeypa
     path.mkdir()
     carried = []
     monkeypatch.setattr(runner._Carrying, "to_its_end", lambda self: carried.append(self.run.entries[0].job))
-    assert worker.step() and carried == jobs[1:]
+    assert worker.step() and carried == jobs[1:] and len(worker.runs.all()) == 1
     assert place.openai().fine_tuning.jobs.retrieve(jobs[0]).status == "running"  # in its run still, and in no second one
     path.rmdir()
     path.with_name("aside").rename(path)
