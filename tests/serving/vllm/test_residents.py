@@ -4,6 +4,7 @@ import asyncio
 import random
 import sys
 import types
+from http import HTTPStatus
 
 import pytest
 
@@ -228,7 +229,7 @@ def test_what_failed_decides_the_status(adapters_over, monkeypatch):
     monkeypatch.setattr(core, "collective_rpc", lambda method, args: ["it has rank 64"])
     assert refused(adapters, "cal") == (400, "it has rank 64")
 
-    def dead(*args):
+    def dead(method, args):
         raise RuntimeError("Executor failed. /usr/lib/secret.py")
 
     monkeypatch.setattr(core, "collective_rpc", dead)
@@ -248,3 +249,18 @@ def test_what_failed_decides_the_status(adapters_over, monkeypatch):
             with monkeypatch.context() as patch:
                 patch.setattr(server, step, fail)
                 assert refused(adapters, "cal")[0] == status, (error, step)
+
+
+@pytest.mark.parametrize("status", [400, 404, 503])
+def test_pooling_routes_answer_with_the_refusals_status(status):
+    pytest.importorskip("vllm")
+    from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+
+    async def request_for(name):
+        raise server.Refusal(HTTPStatus(status), "why")
+
+    models = types.SimpleNamespace(vera=types.SimpleNamespace(request_for=request_for), is_base_model=lambda name: False)
+    check = server.check_pooling_model(types.SimpleNamespace(models=models), None, types.SimpleNamespace(model="ann"))
+    with pytest.raises(Exception, match="why") as e:
+        asyncio.run(check)
+    assert getattr(e.value, "status_code", None) == status or create_error_response(e.value).error.code == status
