@@ -226,6 +226,18 @@ def test_a_new_version_answers_the_next_request_and_a_deleted_one_none(place):
     assert ask("acme:eve")[0] == 404 and ask(engine_name(store, "acme:ann"))[0] == 200
 
 
+def test_a_store_that_is_away_is_no_damaged_adapter(place, monkeypatch):
+    _, url, store = place
+    call(url + "/v1/unload_lora_adapter", {"lora_name": engine_name(store, "acme:bob")})
+    broken = OSError(5, "Input/output error")
+    for name in ("posix_fadvise", "listdir"):  # a record that can't be read, and a folder that can't be listed
+        with monkeypatch.context() as m:
+            m.setattr(os, name, lambda *_: (_ for _ in ()).throw(broken))
+            status, answer = call(url + "/v1/completions", {**GOOD, "model": "acme:bob"})
+        assert (status, answer["error"]["code"]) == (503, "store_unavailable"), answer
+    assert call(url + "/v1/completions", {**GOOD, "model": "acme:bob"})[0] == 200
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_stops_the_computing(place, stream):
     engine, url, _ = place

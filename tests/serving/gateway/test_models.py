@@ -1,5 +1,6 @@
 """/v1/models: versions, rollback, deletion with everything that belongs to it, loading."""
 
+import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -203,3 +204,31 @@ def test_a_packed_store_is_served_alike(world, tmp_path):
     assert len(page["data"]) == 151 and not page["has_more"] and {m.get("version") for m in page["data"][1:]} == {1}
     store.put("acme:n000", small_adapter())
     assert say(http, "acme:n000").startswith("acme:n000@2-")
+
+
+def test_a_store_that_is_away_is_nobodys_fault(world, monkeypatch):
+    """503, and no adapter is called damaged."""
+    http = world.http(world.gateway())
+    listdir = os.listdir
+
+    def away(path="."):
+        if str(path).startswith(world.store_path):
+            raise OSError(5, "Input/output error")
+        return listdir(path)
+
+    monkeypatch.setattr(os, "listdir", away)
+    asked = [
+        ("GET", "/v1/models"),
+        ("GET", "/v1/models/acme:ann"),
+        ("POST", "/v1/completions"),
+        ("DELETE", "/v1/models/acme:ann"),
+    ]
+    for method, path in asked:
+        answer = http.request(method, path, json={"model": "acme:ann", "prompt": "x"} if method == "POST" else None)
+        assert answer.status_code == 503 and answer.json()["error"]["code"] == "store_unavailable", (path, answer.text)
+        assert answer.headers["retry-after"] == "5" and world.store_path not in answer.text
+    monkeypatch.undo()
+    monkeypatch.setattr(os, "posix_fadvise", lambda *_: away(world.store_path))
+    assert http.get("/v1/models").status_code == 503  # the names can be listed, and no record can be read
+    monkeypatch.undo()
+    assert say(http)

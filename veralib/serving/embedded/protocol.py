@@ -38,6 +38,8 @@ class Body(BaseModel):
     """A request's body: strict types; other fields are kept for refuse_the_rest()."""
 
     model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
+    cache_salt: str | None = None
+    """Requests never share cached blocks here, so every salt is kept apart by itself."""
 
     def refuse_the_rest(self) -> None:
         """BadRequest for a field that asks for something that isn't done here."""
@@ -73,8 +75,6 @@ class Generation(Body):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     seed: int | None = None
-    cache_salt: str | None = None
-    """Requests never share cached blocks here, so every salt is kept apart by itself."""
 
     def choices(self) -> int:
         """n, checked."""

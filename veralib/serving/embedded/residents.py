@@ -11,7 +11,7 @@ from ... import basis
 from ...adapter import Adapter
 from ...bank import Member
 from ...basis import Basis
-from ...errors import StoreError, UnknownName, VeraError
+from ...errors import StoreError, StoreUnavailable, UnknownName, VeraError
 from ...model import Vera
 from ...store import Store
 from ..names import engine_name, is_name, parse_engine_name
@@ -102,7 +102,7 @@ class Residents:
     def pin(self, name: str) -> str:
         """The engine's name of an adapter that is in memory now and stays until release(name). Waits for the disk.
 
-        UnknownName; BadAdapter where it is damaged or doesn't fit; EngineBusy.
+        UnknownName; BadAdapter where it is damaged or doesn't fit; StoreUnavailable; EngineBusy.
         """
         name = self.resolve(name)
         while True:
@@ -183,6 +183,8 @@ class Residents:
                 raise unknown_model(name)
         except UnknownName:
             raise unknown_model(name) from None
+        except StoreUnavailable:
+            raise
         except (VeraError, OSError) as e:
             raise BadAdapter(f'the adapter "{plain}" can\'t be read: {e}') from e
         self._check(plain, adapter)

@@ -11,7 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
-from ...errors import ConfigError, StoreError, UnknownName, VeraError
+from ...errors import ConfigError, StoreError, StoreUnavailable, UnknownName, VeraError
 from ..gateway.errors import ApiError, error_response
 from .errors import BadAdapter, BadRequest, EngineBusy, EngineError
 from .metrics import Metrics
@@ -35,6 +35,8 @@ def api_error(e: Exception) -> ApiError:
         return ApiError(429, str(e), code="engine_busy", headers={"Retry-After": "1"})
     if isinstance(e, EngineError):
         return ApiError(503, str(e), code="engine_failed")
+    if isinstance(e, StoreUnavailable):
+        return ApiError(503, str(e), code="store_unavailable", headers={"Retry-After": "5"})
     if isinstance(e, (ConfigError, StoreError)):
         return ApiError(422, str(e), param="model")
     return ApiError(500, "the engine failed; its log says why.", code="internal_error")

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import httpx2
 
 from ..names import NAME
-from .errors import LOG, ApiError, shown
+from .errors import LOG, ApiError, shown, store_unavailable
 
 ENGINE_NAMES = re.compile(rf"{NAME.pattern}@\d{{1,18}}-[0-9a-f]{{12}}")
 ABOUT_SECONDS, LOOK_SECONDS = 30.0, 2.0
@@ -186,6 +186,8 @@ class EngineClient:
         status, message = answer.status_code, _message(answer)
         if status in (400, 413, 422):
             return ApiError(status, self.clean(message, asked, called), code="invalid_request")
+        if status == 503 and error_of(answer).get("code") == "store_unavailable":
+            return store_unavailable()
         if status in (429, 503):
             return unavailable("The engine is overloaded.", code="overloaded")
         LOG.warning("the engine answered %d: %s", status, shown(message, 2000))
@@ -253,15 +255,20 @@ def read_json(answer: httpx2.Response) -> dict[str, Any]:
     return found
 
 
-def _message(answer: httpx2.Response) -> str:
-    """vLLM's {"error": {"message"}}, its older {"message"}, and FastAPI's {"detail"}."""
+def error_of(answer: httpx2.Response) -> dict[str, Any]:
+    """The fields of an engine's error: of vLLM's {"error": {"message", "type", "code"}}, its older form without "error", and
+    FastAPI's {"detail"}. {} where it is none of them."""
     try:
         found = answer.json()
     except ValueError:
-        return answer.text[:2000]
-    if isinstance(found, dict):
-        error = found.get("error")
-        for text in (error.get("message") if isinstance(error, dict) else error, found.get("message"), found.get("detail")):
-            if isinstance(text, str):
-                return text
-    return "The engine refused this request."
+        return {"message": answer.text[:2000]}
+    if not isinstance(found, dict):
+        return {}
+    error = found.get("error", found)
+    return error if isinstance(error, dict) else {"message": error}
+
+
+def _message(answer: httpx2.Response) -> str:
+    error = error_of(answer)
+    texts = (error.get("message"), error.get("detail"))
+    return next((text for text in texts if isinstance(text, str)), "The engine refused this request.")

@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ...errors import StoreError
+from ...errors import StoreError, StoreUnavailable
 from .records import RecordError
 
 LOG = logging.getLogger("veralib.gateway")
@@ -50,6 +50,12 @@ def error_response(error: ApiError) -> Response:
     return json_response(error.body(), error.status, error.headers)
 
 
+def store_unavailable() -> ApiError:
+    """503: no adapter is at fault."""
+    message = "The store of the adapters can't be used now. Try again in 5 seconds."
+    return ApiError(503, message, code="store_unavailable", headers={"Retry-After": "5"})
+
+
 def shown(text: str, limit: int = SHOWN) -> str:
     """A client's text in a message: cut, and without line breaks and other control characters."""
     cut = text if len(text) <= limit else text[:limit] + "…"
@@ -76,6 +82,8 @@ def install(app: FastAPI) -> None:
         if isinstance(e, RecordError):
             message = "The gateway can't use its own records now; its log says why. Try again in 30 seconds."
             return error_response(ApiError(503, message, code="state_unavailable", headers={"Retry-After": "30"}))
+        if isinstance(e, StoreUnavailable):
+            return error_response(store_unavailable())
         return error_response(ApiError(422, "The adapter can't be read from the store.", code="adapter_damaged"))
 
     async def unforeseen(_: Request, e: Exception) -> Response:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from ...errors import StoreError, UnknownName, nearest
+from ...errors import StoreError, StoreUnavailable, UnknownName, nearest
 from ...store import Store, Version
 from ..names import engine_name, is_name
 from .errors import ApiError, shown
@@ -73,9 +73,11 @@ class Names:
         return await asyncio.get_running_loop().run_in_executor(self._pages, self.store.page, tenant.prefix, after, limit)
 
     async def latest(self, name: str) -> Version | None:
-        """About the current version; None where it was deleted or is damaged."""
+        """About the current version; None where it was deleted or is damaged. StoreUnavailable."""
         try:
             return await self.ask(self.store.latest, name)
+        except StoreUnavailable:
+            raise
         except (UnknownName, StoreError):
             return None
 
