@@ -71,8 +71,8 @@ class VeraWarning(UserWarning):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """' Did you mean "x"?', or '' where nothing is close."""
-    close = difflib.get_close_matches(str(name), [str(k) for k in known], n=1, cutoff=0.5)
+    """' Did you mean "x"?', or '' where nothing is close. Never the name itself, which may have been there a moment ago."""
+    close = difflib.get_close_matches(str(name), [str(k) for k in known if str(k) != str(name)], n=1, cutoff=0.5)
     return f' Did you mean "{close[0]}"?' if close else ""
 
 

@@ -69,8 +69,15 @@ class Names:
         return ApiError(404, text, code="model_not_found", param="model")
 
     async def page(self, tenant: Tenant, after: str, limit: int) -> list[str]:
-        """The tenant's names behind `after`, in order."""
-        return await asyncio.get_running_loop().run_in_executor(self._pages, self.store.page, tenant.prefix, after, limit)
+        """The tenant's names behind `after`, in order. Those that no client may use aren't among them."""
+        found: list[str] = []
+        size = limit
+        while True:
+            names = await asyncio.get_running_loop().run_in_executor(self._pages, self.store.page, tenant.prefix, after, size)
+            found += [name for name in names if is_name(name)]
+            if len(found) >= limit or len(names) < size:
+                return found[:limit]
+            after, size = names[-1], 1000
 
     async def latest(self, name: str) -> Version | None:
         """About the current version; None where it was deleted or is damaged. StoreUnavailable."""
