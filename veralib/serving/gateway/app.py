@@ -32,16 +32,23 @@ OnDelete = Callable[[str], Awaitable[dict[str, int]]]
 """Removes what belongs to an adapter of this name; says how much of what went: {"files": 2, "jobs": 1}."""
 
 
+def places(settings: GatewaySettings) -> tuple[str, ...]:
+    """Where store, state and model lie, in every form that an error may hold: as given, and as links lead there."""
+    found: set[str] = set()
+    model = settings.model if settings.model is not None and os.path.isdir(settings.model) else None
+    for where in filter(None, (settings.store, settings.state, model)):
+        path = where.removeprefix("file://")
+        found |= {where.rstrip("/")} if "://" in path else {os.path.abspath(path), os.path.realpath(path)}
+    return tuple(sorted(found - {"/"}, key=len, reverse=True))
+
+
 def make_app(settings: GatewaySettings) -> FastAPI:
     """The application. Its state: gateway, on_delete (called with the name of every adapter that is deleted), background
     (functions whose coroutines run from start to end), draining (True once it is about to end)."""
     metrics = Metrics()
     store = open_store(settings.store)
     engine = make_engine(settings, metrics)
-    hidden = tuple(w if "://" in w else os.path.abspath(w) for w in (settings.store, settings.state))
-    if settings.model is not None and os.path.isdir(settings.model):
-        hidden += (os.path.abspath(settings.model),)
-    client = EngineClient(engine, settings.engine_seconds, settings.running + 64, hidden)
+    client = EngineClient(engine, settings.engine_seconds, settings.running + 64, places(settings))
     keys = Keys(settings.state)
     deletions = Deletions(settings.state)
     gateway = Gateway(settings, store, keys, Names(store), engine, client, Limits(settings, metrics), metrics, deletions)
