@@ -1,7 +1,7 @@
 """An engine of the tests' own that speaks vLLM's dialect: it answers with the name it was asked for, and fails when told to.
 
-A prompt may hold orders: "slow" streams a piece each 0.05 s, "fail:STATUS" answers with that status, "die" breaks the stream off,
-"silent" never answers. Run as a program it is an engine that a gateway starts: python -m tests.serving.gateway.fake --port …
+A prompt may hold orders: "slow" streams a piece each 0.05 s, "fail:STATUS" answers with that status, "says:TEXT" with that text at
+its end, "die" breaks the stream off, "silent" never answers. Run as a program it is an engine that a gateway starts: python -m tests.serving.gateway.fake --port …
 """
 
 import argparse
@@ -26,11 +26,11 @@ LENGTH = 64
 
 class Fake:
     """app, and what came: asked (path, body), cancelled (models whose client left), loaded (engine names), known (those that
-    aren't 404; None: all)."""
+    aren't 404; None: all), failing (the status of loading, None: it succeeds)."""
 
     def __init__(self, base="tiny-base"):
         self.base, self.asked, self.cancelled, self.loaded, self.known = base, [], [], set(), None
-        self.headers = []
+        self.headers, self.failing = [], None
         self.running = self.most = 0
         self.app = app = FastAPI()
 
@@ -48,6 +48,13 @@ class Fake:
             texts = body["input"] if isinstance(body["input"], list) else [body["input"]]
             data = [{"object": "embedding", "index": k, "embedding": [float(len(str(t))), 1.0]} for k, t in enumerate(texts)]
             return {"object": "list", "model": body["model"], "data": data, "usage": {"prompt_tokens": 3, "total_tokens": 3}}
+
+        @app.post("/classify")
+        async def classify(request: Request):
+            body = await self.read(request)
+            usage = {"prompt_tokens": 3, "total_tokens": 3, "completion_tokens": 0}
+            data = [{"index": 0, "label": "LABEL_1", "probs": [0.25, 0.75], "num_classes": 2}]
+            return {"id": "classify-1", "object": "list", "created": 1, "model": body["model"], "data": data, "usage": usage}
 
         @app.get("/health")
         async def health():
@@ -68,6 +75,11 @@ class Fake:
         @app.post("/v1/load_lora_adapter")
         async def load(request: Request):
             body = await self.read(request)
+            if self.failing == 404:
+                return JSONResponse({"detail": "Not Found"}, 404)
+            if self.failing:
+                error = {"message": f"{body['lora_name']} can't be loaded", "type": "BadRequestError", "code": self.failing}
+                return JSONResponse({"error": error}, self.failing)
             self.loaded.add(body["lora_name"])
             return PlainTextResponse("loaded")
 
@@ -84,7 +96,7 @@ class Fake:
                 f'# TYPE vllm:lora_requests_info gauge\nvllm:lora_requests_info{{names="{names}"}} 1\n'
                 "# TYPE vllm:prefix_cache_hits_total counter\n"
                 'vllm:prefix_cache_hits_total{engine="0"} 5\nvllm:prefix_cache_hits_total{engine="1"} 2\n'
-                f"# TYPE vera_resident_adapters gauge\nvera_resident_adapters {len(self.loaded)}\n"
+                f"# TYPE vera:resident_adapters gauge\nvera:resident_adapters {len(self.loaded)}\n"  # the plugin's
             )
 
     async def read(self, request):
@@ -101,7 +113,9 @@ class Fake:
         if model != self.base:
             self.loaded.add(model)
         if found := re.search(r"fail:(\d+)", text):
-            error = {"error": {"message": f"{model} and globex:secret@3-0123456789ab failed", "code": int(found[1])}}
+            said = re.search(r"says:([^\s\"]+)", text)
+            words = f"{model} and globex:secret@3-0123456789ab failed" + (f" at {said[1]}" if said else "")
+            error = {"error": {"message": words, "code": int(found[1])}}
             return JSONResponse(error, int(found[1]))
         if "silent" in text:
             await self.wait_for_end(request, model)

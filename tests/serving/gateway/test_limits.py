@@ -14,6 +14,7 @@ import pytest
 from tests.serving.gateway.fake import wait_until
 from veralib.serving.gateway.client import About
 from veralib.serving.gateway.errors import ApiError
+from veralib.serving.gateway.lengths import estimate
 from veralib.serving.gateway.limits import IDLE_KEYS, Bucket, Limits
 from veralib.serving.gateway.metrics import Metrics
 from veralib.serving.gateway.relay import Relay
@@ -60,6 +61,7 @@ def test_lengths(world):
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "word " * 60}], "max_tokens": 5}),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "word " * 70}]}),
         ("/v1/embeddings", {"input": "word " * 70}),
+        ("/classify", {"input": "word " * 70}),
         ("/v1/completions", {"prompt": "x" * 100_000}),
     ):
         answer = http.post(path, json={"model": "acme:ann", **body})
@@ -218,6 +220,23 @@ def test_keys_that_are_idle_are_forgotten_and_others_are_not():
         limits.admit(spent)
     leave()
     assert limits._keys["running"].running == 0
+
+
+def test_tokens_are_estimated_over_all_prompts():
+    """What is charged until the engine has counted, and stays where a client leaves."""
+    assert estimate({"prompt": "x" * 40}) == 10 == estimate({"input": ["x" * 20, "é" * 10]})
+    assert estimate({"prompt": [1] * 40}) == 40 and estimate({"prompt": [[1] * 40, [2] * 3]}) == 43
+    assert 25 < estimate({"messages": [{"role": "user", "content": "x" * 100}]}) < 50
+
+
+def test_a_stream_that_is_left_costs_all_its_prompts(world):
+    http = world.http(world.gateway(key_tokens_per_minute=1000))
+    asked = {**TEXT, "prompt": ["slow long " + "x" * 400] * 16, "max_tokens": 1, "stream": True}
+    with http.stream("POST", "/v1/completions", json=asked) as answer:
+        pieces = answer.iter_raw()
+        next(pieces)
+    assert wait_until(lambda: world.fake.cancelled)
+    assert code(http.post("/v1/completions", json=TEXT)) == (429, "rate_limit_exceeded")
 
 
 def test_a_bucket_refills():

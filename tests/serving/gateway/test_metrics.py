@@ -53,5 +53,23 @@ def test_no_label_holds_a_name(world):
     assert len(text.splitlines()) < before + 100
 
 
+def test_names_of_the_engines_own():
+    """Both engines' own names; the gateway's own gauge isn't said twice; what vLLM says of names isn't passed on."""
+    page = "".join(
+        f"# TYPE {name} gauge\n{name}{labels} 2\n"
+        for name, labels in (
+            ("veralib_engine_resident_bytes", ""),
+            ("vera:resident_bases", ""),
+            ("veralib_engine_up", ""),
+            ("vllm:lora_requests_info", '{names="acme:ann"}'),
+            ("verandas", ""),
+        )
+    )
+    assert {m.name: m.samples[0].value for m in from_engine(page)} == {
+        "vera_engine_resident_bytes": 2,
+        "vera_engine_resident_bases": 2,
+    }
+
+
 def test_an_engines_page_that_is_cut():
-    assert from_engine("") == [] == from_engine("# TYPE vera_x gauge\nvera_x{a=") == from_engine("\0")
+    assert from_engine("") == [] == from_engine("# TYPE vera:x gauge\nvera:x{a=") == from_engine("\0")

@@ -232,3 +232,42 @@ def test_a_store_that_is_away_is_nobodys_fault(world, monkeypatch):
     assert http.get("/v1/models").status_code == 503  # the names can be listed, and no record can be read
     monkeypatch.undo()
     assert say(http)
+
+
+def test_loading_that_failed_is_not_called_done(world):
+    """Whatever the engine's words, and the adapter's name is among them."""
+    http = world.http(world.gateway())
+    world.store.put("acme:already-x", small_adapter())
+    for status, expected in ((422, 422), (400, 400), (503, 503), (500, 502)):
+        world.fake.failing = status
+        answer = http.post("/v1/load_lora_adapter", json={"lora_name": "acme:already-x"})
+        assert answer.status_code == expected and "loaded" not in answer.json(), answer.text
+    world.fake.failing = 404  # the path itself isn't there
+    answer = http.post("/v1/load_lora_adapter", json={"lora_name": "acme:already-x"})
+    assert answer.status_code == 400 and answer.json()["error"]["code"] == "unsupported"
+    world.fake.failing = None
+    assert http.post("/v1/load_lora_adapter", json={"lora_name": "acme:already-x"}).json()["loaded"]
+
+
+def test_names_that_nobody_can_ask_for_are_not_listed(world):
+    url = world.gateway()
+    http = world.http(url)
+    odd = [f"acme:a/{k}" for k in range(5)] + ["acme:é", "acme:" + "x" * 200, "acme:b b"]
+    world.store.put_many([(name, small_adapter()) for name in odd])
+    listed, query = [], {"limit": 1}
+    while True:
+        page = http.get("/v1/models", params=query).json()
+        listed += [m["id"] for m in page["data"]]
+        if not page["has_more"]:
+            break
+        query["after"] = page["last_id"]
+    assert listed == ["tiny-base", "acme:ann", "acme:bob"]
+    assert all(say(http, name) for name in listed)
+
+
+def test_a_name_is_no_near_name_of_itself(world):
+    http = world.http(world.gateway())
+    assert 'Did you mean "acme:ann"?' in http.get("/v1/models/acme:anne").json()["error"]["message"]
+    http.delete("/v1/models/acme:ann").raise_for_status()
+    message = http.get("/v1/models/acme:ann").json()["error"]["message"]  # near names are up to half a minute old
+    assert 'Did you mean "acme:ann"' not in message and 'Did you mean "acme:bob"' in message

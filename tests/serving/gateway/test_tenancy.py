@@ -16,6 +16,7 @@ def calls(name):
         ("POST", "/v1/completions", {"model": name, "prompt": "x"}),
         ("POST", "/v1/chat/completions", {"model": name, "messages": [{"role": "user", "content": "x"}], "stream": True}),
         ("POST", "/v1/embeddings", {"model": name, "input": "x"}),
+        ("POST", "/classify", {"model": name, "input": "x"}),
         ("GET", f"/v1/models/{name}", None),
         ("GET", f"/v1/models/{name}/versions", None),
         ("DELETE", f"/v1/models/{name}", None),
@@ -36,7 +37,7 @@ def test_what_is_anothers_answers_as_what_is_nowhere(world):
             answers.setdefault(number, set()).add(
                 re.sub(r' Did you mean \\"acme:\w+\\"\?', "", answer.text).replace(f'\\"{name}\\"', "N")
             )
-    assert len(answers) == 9 and all(len(texts) == 1 for texts in answers.values()), answers
+    assert len(answers) == 10 and all(len(texts) == 1 for texts in answers.values()), answers
     assert world.fake.asked == [] and "globex:ann" in set(world.store.names())
 
 
@@ -141,3 +142,12 @@ def test_off_means_everybody_is_admin(world):
     http.headers.pop("Authorization")
     assert http.post("/v1/completions", json={"model": "globex:ann", "prompt": "x"}).status_code == 200
     assert http.get("/metrics").status_code == 200
+
+
+def test_no_path_comes_through_however_it_is_reached(world, tmp_path):
+    """The engine is given the folder that a link leads to; its errors name that one."""
+    (tmp_path / "link").symlink_to(tmp_path, target_is_directory=True)
+    url = world.gateway(store=str(tmp_path / "link" / "store"))
+    for path in (tmp_path / "store", tmp_path / "link" / "store", tmp_path / "state"):
+        answer = world.http(url).post("/v1/completions", json={"model": "acme:ann", "prompt": f"fail:422 says:{path}/x"})
+        assert answer.status_code == 422 and answer.json()["error"]["message"].endswith("failed at …/x"), answer.text

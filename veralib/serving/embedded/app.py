@@ -148,6 +148,11 @@ def _add_text_routes(app: FastAPI, engine: EmbeddedEngine, metrics: Metrics) -> 
         """Not of this model."""
         raise ApiError(400, "this model generates text and gives no embeddings: serve an encoder for them.", param="model")
 
+    @app.post("/classify")
+    async def classify(request: Request) -> Response:
+        """Not of this model."""
+        raise ApiError(400, "this model generates text and has no classes: serve an encoder for them.", param="model")
+
     async def _run(
         asked: list[tuple[list[int], Sampling]], prompt_tokens: int, body: Generation, shape: Shape, request: Request
     ) -> Response:

@@ -189,8 +189,11 @@ class EncoderEngine:
                 self._closed = True
             while not self._work.empty():
                 item = self._work.get()
-                if item is not None:
-                    (item.answer if isinstance(item, Job) else item[1]).set_exception(EngineError("the engine has stopped."))
+                if item is None:
+                    continue
+                future = item.answer if isinstance(item, Job) else item[1]
+                if future.set_running_or_notify_cancel():
+                    future.set_exception(EngineError("the engine has stopped."))
             if self.on_death is not None and not self._closing:
                 self.on_death()
 
@@ -213,7 +216,7 @@ class EncoderEngine:
                 break
             item = self._work.get()
         if jobs:
-            self._answer(jobs)
+            self._answer([job for job in jobs if job.answer.set_running_or_notify_cancel()])  # not cancelled any more
             with self._lock:
                 self._waiting -= len(jobs)
             for job in jobs:
@@ -222,7 +225,6 @@ class EncoderEngine:
         return item is not None
 
     def _answer(self, jobs: list[Job]) -> None:
-        jobs = [j for j in jobs if not j.answer.cancelled()]
         try:
             results = self._forward(jobs) if jobs else []
         except Exception as e:
@@ -236,8 +238,6 @@ class EncoderEngine:
             return
         for job, result in zip(jobs, results, strict=True):
             finite = result.embedding.isfinite().all() and (result.logits is None or result.logits.isfinite().all())
-            if job.answer.cancelled():
-                continue
             if finite:
                 job.answer.set_result(result)
             else:

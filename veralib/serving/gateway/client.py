@@ -184,6 +184,8 @@ class EngineClient:
         """The ApiError for an answer, whose body was read, that is none. asked: the name that the engine was asked for; called:
         what the client calls it."""
         status, message = answer.status_code, _message(answer)
+        if status == 404 and asked:  # a path that this engine lacks
+            return ApiError(400, f"The engine has no {answer.request.url.path} for this model.", code="unsupported")
         if status in (400, 413, 422):
             return ApiError(status, self.clean(message, asked, called), code="invalid_request")
         if status == 503 and error_of(answer).get("code") == "store_unavailable":
@@ -266,6 +268,13 @@ def error_of(answer: httpx2.Response) -> dict[str, Any]:
         return {}
     error = found.get("error", found)
     return error if isinstance(error, dict) else {"message": error}
+
+
+def names_no_model(answer: httpx2.Response) -> bool:
+    """Whether the engine says that it has no such model: vLLM by the error's type, the embedded one by its code. A path that an
+    engine lacks is a 404 too."""
+    error = error_of(answer)
+    return answer.status_code == 404 and (error.get("type") == "NotFoundError" or error.get("code") == "model_not_found")
 
 
 def _message(answer: httpx2.Response) -> str:

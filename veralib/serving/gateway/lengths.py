@@ -7,6 +7,8 @@ from .errors import ApiError
 
 LONGEST_WORD = 64
 """Characters a token at most, for a text that isn't worth the engine's time."""
+CHARACTERS_A_TOKEN = 4
+"""Bytes of a token, roughly, for a limit that is corrected by the engine's count."""
 SPECIAL, MESSAGE = 8, 64
 """Tokens that a tokenizer, and a chat template for each message, may add beside the text's."""
 
@@ -17,7 +19,7 @@ async def fit(client: EngineClient, about: About, path: str, body: dict[str, Any
     No token is shorter than a byte, so a text whose bytes fit needs no counting; otherwise the engine counts. What both miss,
     such as a template's long preamble, the engine refuses itself.
     """
-    generates = path != "/v1/embeddings"
+    generates = "input" not in body
     asked = body.get("max_tokens")
     wanted = 0 if not generates else asked or (16 if path == "/v1/completions" else max_tokens)
     length = about.max_length
@@ -59,6 +61,13 @@ def at_most(body: dict[str, Any]) -> int:
     if "messages" in body:
         return SPECIAL + MESSAGE * len(body["messages"]) + len(encode([body["messages"], body.get("tools")]))
     return SPECIAL + max(len(p) if isinstance(p, list) else len(p.encode("utf-8", "surrogatepass")) for p in prompts(body))
+
+
+def estimate(body: dict[str, Any]) -> int:
+    """The tokens of all prompts together, roughly: lists of tokens are counted, texts guessed from their length."""
+    given = [encode([body["messages"], body.get("tools")])] if "messages" in body else prompts(body)
+    sizes = (len(p.encode("utf-8", "surrogatepass") if isinstance(p, str) else p) for p in given)
+    return sum(n if isinstance(p, list) else -(-n // CHARACTERS_A_TOKEN) for p, n in zip(given, sizes, strict=True))
 
 
 def _too_long(count: str, wanted: int, length: int) -> ApiError:

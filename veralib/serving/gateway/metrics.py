@@ -1,5 +1,6 @@
 """/metrics: Prometheus counters of the gateway and what the engine says of itself. No label is ever a name, a key or a tenant."""
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -17,10 +18,14 @@ FROM_ENGINE = {
     "vllm:kv_cache_usage_perc": "vera_engine_kv_cache_usage",
     "vllm:prompt_tokens": "vera_engine_prompt_tokens",
     "vllm:generation_tokens": "vera_engine_generation_tokens",
+    "veralib_engine_generated_tokens": "vera_engine_generation_tokens",
     "process_resident_memory_bytes": "vera_engine_resident_memory_bytes",
 }
-"""vLLM's names of what is passed on. An engine's own metrics that begin with vera_ or vera: are passed on too, as
-vera_engine_…; all others aren't: vllm:lora_requests_info has adapters' names in its labels."""
+"""Engines' names of what is passed on. All others of vLLM's aren't: vllm:lora_requests_info has adapters' names in its labels."""
+OWN = re.compile("(?:veralib_engine_|vera:)(.+)")
+"""Names of our own engines' metrics, the embedded one's and the plugin's for vLLM: passed on as vera_engine_…"""
+TAKEN = {"vera_engine_up", "vera_engine_restarts"}
+"""What the gateway itself says of the engine."""
 
 
 class Metrics:
@@ -54,9 +59,9 @@ def from_engine(text: str) -> list[Metric]:
     try:
         for family in text_string_to_metric_families(text):
             name = FROM_ENGINE.get(family.name)
-            if name is None and family.name.startswith(("vera_", "vera:")):
-                name = "vera_engine_" + family.name[5:].removeprefix("engine_")
-            if name is None or family.type not in ("counter", "gauge"):
+            if name is None and (own := OWN.fullmatch(family.name)):
+                name = f"vera_engine_{own[1]}"
+            if name is None or name in TAKEN or family.type not in ("counter", "gauge"):
                 continue
             for sample in family.samples:
                 if not sample.name.endswith("_created"):

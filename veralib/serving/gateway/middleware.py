@@ -12,6 +12,8 @@ from .limits import Limits
 from .metrics import Metrics
 
 UPLOADS = "/v1/files"
+LIMITED = ("/v1/", "/classify")
+"""What counts as a key's request."""
 CLOSE = {"Connection": "close"}
 
 
@@ -56,7 +58,7 @@ class BodyLimits:
 
 
 class Admit:
-    """ASGI middleware: 429 for a key that sends too many requests, below /v1, before their bodies are read: so uploads, slow
+    """ASGI middleware: 429 for a key that sends too many requests, below LIMITED, before their bodies are read: so uploads, slow
     bodies and slow readers count as long as they last."""
 
     def __init__(self, app: ASGIApp, limits: Limits) -> None:
@@ -64,7 +66,7 @@ class Admit:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         tenant = scope.get("state", {}).get("tenant") if scope["type"] == "http" else None
-        if tenant is None or not scope["path"].startswith("/v1/"):
+        if tenant is None or not scope["path"].startswith(LIMITED):
             return await self.app(scope, receive, send)
         try:
             leave = self.limits.admit(tenant)

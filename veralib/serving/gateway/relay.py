@@ -10,7 +10,7 @@ import httpx2
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from .client import About, EngineClient, read_json, unavailable
+from .client import About, EngineClient, names_no_model, read_json, unavailable
 from .errors import ApiError, error_response, json_response
 from .lengths import fit
 from .limits import Limits, Ticket
@@ -98,10 +98,8 @@ class Relay(Response):
                 content = read_json(answer)
                 self._count(content, ticket)
                 return await json_response(self._renamed(content), 200)(scope, receive, send)
-            if answer.status_code != 404:
+            if not names_no_model(answer):
                 raise self.client.failed(answer, asked, self.called)
-            if "not_found" not in answer.text and "NotFound" not in answer.text:  # a path that this engine lacks
-                raise ApiError(400, f"The engine has no {self.path} for this model.", code="unsupported")
             if asked == before:
                 raise await self.names.unknown(self.tenant, self.called)
             # The adapter has a newer version than a moment ago, or the engine has another base model.

@@ -1,4 +1,4 @@
-"""/v1/completions, /v1/chat/completions, /v1/embeddings: checked here, answered by a Relay."""
+"""/v1/completions, /v1/chat/completions, /v1/embeddings, /classify: checked here, answered by a Relay."""
 
 from typing import Any
 
@@ -8,14 +8,13 @@ from starlette.responses import Response
 
 from .auth import Caller
 from .errors import ApiError
-from .lengths import at_most, prompts
+from .lengths import estimate, prompts
 from .relay import Relay
-from .schemas import IGNORED, ChatRequest, CompletionRequest, EmbeddingRequest
+from .schemas import IGNORED, ChatRequest, ClassifyRequest, CompletionRequest, EmbeddingRequest
 from .settings import GatewaySettings
 from .state import Gateway, Here
 
 router = APIRouter(tags=["generate"])
-CHARACTERS_A_TOKEN = 4
 ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"description": "The request is wrong; the message says where."},
     401: {"description": "No valid API key."},
@@ -45,6 +44,12 @@ async def embeddings(body: EmbeddingRequest, tenant: Caller, here: Here) -> Resp
     return _relay(here, tenant, "/v1/embeddings", body)
 
 
+@router.post("/classify", responses=ERRORS)
+async def classify(body: ClassifyRequest, tenant: Caller, here: Here) -> Response:
+    """The probabilities of the classes for each text, by the adapter's own head, where the base model is an encoder."""
+    return _relay(here, tenant, "/classify", body)
+
+
 def _relay(here: Gateway, tenant: Caller, path: str, request: BaseModel) -> Relay:
     try:
         body = request.model_dump(mode="json", exclude_none=True, exclude=set(IGNORED))
@@ -58,10 +63,10 @@ def _relay(here: Gateway, tenant: Caller, path: str, request: BaseModel) -> Rela
     asks_usage = bool((body.pop("stream_options", None) or {}).get("include_usage"))
     if body.get("stream"):
         body["stream_options"] = {"include_usage": True}  # the gateway counts tokens, whoever else wants to know
-    answer = (body.get("max_tokens") or 256) * choices(body) if path != "/v1/embeddings" else 0
+    answer = (body.get("max_tokens") or 256) * choices(body) if "input" not in body else 0
     return Relay(
         tenant, path, called, body,
-        tokens=at_most(body) // CHARACTERS_A_TOKEN + answer, usage=asks_usage, max_tokens=here.settings.max_tokens,
+        tokens=estimate(body) + answer, usage=asks_usage, max_tokens=here.settings.max_tokens,
         taking_seconds=here.settings.taking_seconds,
         names=here.names, client=here.client, limits=here.limits, metrics=here.metrics, base_name=here.settings.base_name,
     )  # fmt: skip

@@ -10,6 +10,7 @@ from starlette.responses import Response
 
 from ...errors import StoreError, UnknownName
 from .auth import Caller
+from .client import names_no_model
 from .errors import ApiError, json_response
 from .learning import Here as Learns
 from .learning import Learning
@@ -105,9 +106,9 @@ async def load_adapter(body: AdapterRequest, tenant: Caller, here: Here) -> Resp
     """Brings the current version into the engine's memory, so that its first request needn't wait for the store."""
     asked = await here.names.live(tenant, body.lora_name)
     answer = await here.client.post("/v1/load_lora_adapter", {"lora_name": asked, "lora_path": asked})
-    if answer.status_code == 404:
+    if names_no_model(answer):
         raise await here.names.unknown(tenant, body.lora_name)
-    if answer.status_code != 200 and "already" not in answer.text:
+    if answer.status_code != 200:
         raise here.client.failed(answer, asked, body.lora_name)
     return json_response({"id": body.lora_name, "object": "model", "loaded": True})
 

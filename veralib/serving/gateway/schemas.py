@@ -145,6 +145,12 @@ class EmbeddingRequest(_Request):
     dimensions: Annotated[int, Field(ge=1, lt=2**20)] | None = None
 
 
+class ClassifyRequest(_Request):
+    """POST /classify."""
+
+    input: Texts
+
+
 class AdapterRequest(Strict):
     """POST /v1/load_lora_adapter and /v1/unload_lora_adapter, as vLLM calls them. No lora_path: the store has the file."""
 

@@ -51,7 +51,7 @@ class GatewaySettings(BaseModel):
     max_tokens: int = Field(4096, gt=0, description="Tokens that a request may ask for; more: 400.")
     max_choices: int = Field(16, gt=0, description="Answers of a request, prompts × n; more: 400.")
     max_stop: int = Field(4, ge=0, description="Stop sequences of a request; more: 400.")
-    max_inputs: int = Field(256, gt=0, description="Texts of an embeddings request; more: 400.")
+    max_inputs: int = Field(256, gt=0, description="Texts of an embeddings or /classify request; more: 400.")
     key_concurrency: int = Field(64, gt=0, description="Requests of one key at a time; more: 429.")
     key_requests_per_minute: int = Field(0, ge=0, description="Requests of one key a minute; more: 429. 0: no limit.")
     key_tokens_per_minute: int = Field(0, ge=0, description="Tokens of one key a minute, in and out; more: 429. 0: no limit.")
