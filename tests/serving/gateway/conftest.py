@@ -41,10 +41,12 @@ class World:
     apps: list[Any] = field(default_factory=list)
     url: str = ""
 
-    def gateway(self, ready=True, **settings):
-        """The url of one more gateway."""
+    def gateway(self, ready=True, trains=True, **settings):
+        """The url of one more gateway. trains=False: it takes jobs, and nothing runs them."""
         given = {"store": self.store_path, "state": self.state, "engine_url": self.engine_url, **settings}
         app = make_app(GatewaySettings(**given))
+        if not trains:
+            app.state.background.clear()
         self.apps.append(app)
         url = self.stack.enter_context(serving(app))
         if ready:

@@ -1,7 +1,8 @@
 """An engine of the tests' own that speaks vLLM's dialect: it answers with the name it was asked for, and fails when told to.
 
-A prompt may hold orders: "slow" streams a piece each 0.05 s, "fail:STATUS" answers with that status, "says:TEXT" with that text at
-its end, "die" breaks the stream off, "silent" never answers. Run as a program it is an engine that a gateway starts: python -m tests.serving.gateway.fake --port …
+A prompt may hold orders: "slow" streams a piece each 0.05 s, "fail:STATUS" answers with that status, "says:TEXT" with that text
+at its end, "die" breaks the stream off, "silent" never answers. Run as a program it is an engine that a gateway starts:
+python -m tests.serving.gateway.fake --port …
 """
 
 import argparse
