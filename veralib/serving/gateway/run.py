@@ -4,6 +4,8 @@ import asyncio
 import contextlib
 import ctypes
 import logging
+import signal
+import sys
 from types import FrameType
 
 import uvicorn
@@ -16,7 +18,7 @@ M_ARENA_MAX = -8
 
 
 def run(settings: GatewaySettings) -> None:
-    """Serves until SIGTERM or Ctrl-C; a second signal ends it at once."""
+    """Serves until SIGTERM, which leaves with code 0, or Ctrl-C; a second signal ends it at once."""
     share_arenas()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s: %(message)s")
     logging.getLogger("httpx2").setLevel(logging.WARNING)
@@ -31,6 +33,7 @@ def run(settings: GatewaySettings) -> None:
         timeout_keep_alive=75,  # longer than balancers keep an idle connection, so that they don't send into a closed one
         timeout_graceful_shutdown=max(1, round(settings.drain_seconds)),
     )
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn drains first and then raises it again
     DrainingServer(config, settings.drain_delay).run()
 
 
