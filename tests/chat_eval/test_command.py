@@ -1,8 +1,11 @@
 """vera chat-eval from end to end on a tiny model and a judge of the test's own, and what each command prints."""
 
 import json
+import shutil
 
 import pytest
+
+from veralib.paper import cells
 
 from ..test_cli import plain, vera
 from ..training import tiny
@@ -59,6 +62,49 @@ def test_answer_judge_and_show(work, tmp_path, serve):
     assert "## Question 2 (math)" in one and "| | llama | vera |" in one and "**Turn 2.**" in one
     vera("chat-eval", "show", tmp_path / "vera.r.jsonl", "--output", tmp_path / "scores.md")
     assert "| category | vera, turn 1 |" in (tmp_path / "scores.md").read_text()
+
+
+def test_the_command_of_table_4s_base_fills_its_cell(work, tmp_path, serve, monkeypatch):
+    """The printed steps, with the test's model, questions and endpoint put in: answer, judge, show, then the table."""
+    monkeypatch.chdir(tmp_path)
+    base = lambda: cells.table("table4")["cells"][0]  # noqa: E731
+    assert base()["ours"] is None
+    shutil.copytree(work, "mt_bench", ignore=shutil.ignore_patterns("run"))
+    (tmp_path / "mt_bench/reference_answer").mkdir()
+    tiny.write_jsonl(
+        tmp_path / "mt_bench/reference_answer/gpt-4.jsonl", [{"question_id": 2, "choices": [{"turns": ["four", "eight"]}]}]
+    )
+    server = serve(lambda body, n: f"[[{3 + n % 5}]]")
+    steps = base()["command"].replace("huggyllama/llama-13b --quantise 4bit --dtype bfloat16", str(work / "llama")).split(" && ")
+    assert [s.split()[:3] for s in steps] == [["vera", "chat-eval", what] for what in ("answer", "judge", "show")]
+    more = {"answer": ("--max-new-tokens", 4), "judge": ("--endpoint", server.url), "show": ()}
+    for step in steps:
+        words = step.split()[1:]
+        vera(*words, *more[words[1]])
+    rows = lines(tmp_path / "results/runs/instruct-llama-13b/base-seed0/reviews.jsonl")
+    assert len(rows) == 6 and rows[0]["model"] == "llama"
+    mean = sum(r["score"] for r in rows) / 6
+    assert base()["ours"] == pytest.approx(mean) and base()["difference"] == pytest.approx(mean - 2.61)
+    assert base()["command"] is None and base()["seeds"] == 1
+    said = json.loads((tmp_path / "results/runs/instruct-llama-13b/base-seed0/scores.json").read_text())
+    assert (said["reviews"], said["rated"], said["judges"]) == (6, 6, ["gpt-4-0613 (mock-2024-01-01)"])
+
+
+def test_scores_of_pairs_are_the_first_models_and_need_a_rating(folder, serve):
+    server = serve(lambda body, n: "[[9,4]]" if n % 2 else "[[2,8]]")  # for the first model 9 and 8
+    asked = ("--questions", folder / "question.jsonl", "--mode", "pairwise-first-turn", "--against", folder / "two.jsonl")
+    to = ("--endpoint", server.url, "--judge", "m", "--parallel", 1, "--output", folder / "r.jsonl")
+    vera("chat-eval", "judge", folder / "one.jsonl", *asked, *to)
+    assert "written" in vera("chat-eval", "show", folder / "r.jsonl", "--scores", folder / "s.json")
+    found = json.loads((folder / "s.json").read_text())
+    assert (found["model"], found["against"], found["scores"], found["rated"]) == ("one", "two", {"score": 8.5}, 8)
+    out = vera("chat-eval", "show", folder / "r.jsonl", folder / "r.jsonl", "--scores", folder / "s.json", code=1)
+    assert "takes one review file" in plain(out)
+    bare = [{**r, "scores": None, "winner": "tie"} for r in lines(folder / "r.jsonl")]
+    tiny.write_jsonl(folder / "bare.jsonl", bare)
+    assert "none of 8 reviews has a score" in plain(
+        vera("chat-eval", "show", folder / "bare.jsonl", "--scores", folder / "s.json", code=1)
+    )
 
 
 def test_a_dry_run_asks_nothing_and_counts_what_is_left(folder, serve):

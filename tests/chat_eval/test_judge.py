@@ -154,7 +154,7 @@ def test_nonsense_is_asked_again_and_then_kept_without_a_score(folder, serve):
     first = lines(folder / "r.jsonl")[0]
     assert first["score"] is None and first["judgment"] == "I like turtles" and first["usage"]["prompt_tokens"] == 30
     assert first["reason"] == "no rating in double square brackets in 'I like turtles'"
-    assert f"  question 1, turn 1: no score after 3 tries: {first['reason']}" in said
+    assert f"  question 1, turn 1: no score: {first['reason']}" in said
     judge(asks(folder), endpoint(server), folder / "r.jsonl")
     assert len(server.asked) == 10  # it was asked often enough, unless one wants it
     better = serve(lambda body, n: "[[2]]")
@@ -165,7 +165,30 @@ def test_nonsense_is_asked_again_and_then_kept_without_a_score(folder, serve):
 def test_a_second_try_may_bring_the_rating(folder, serve):
     server = serve(lambda body, n: "hm" if n == 1 else "[[42]]" if n == 2 else "[[8]]")
     done = judge(asks(folder, "first-turn"), endpoint(server), folder / "r.jsonl", parallel=1)
-    assert done.unrated == 0 and len(server.asked) == 4 + 2 and lines(folder / "r.jsonl")[0]["score"] == 8
+    first, second = lines(folder / "r.jsonl")[:2]
+    assert done.unrated == 0 and len(server.asked) == 4 + 2 and first["score"] == 8
+    assert [body["temperature"] for body in server.asked] == [0, 0.2, 0.2, 0, 0, 0]
+    assert (first["temperature"], second["temperature"]) == (0.2, 0)
+    hot = serve(lambda body, n: "hm" if n == 1 else "[[8]]")
+    judge(asks(folder, "first-turn"), endpoint(hot), folder / "hot.jsonl", parallel=1, parameters={"temperature": 0.7})
+    own = serve(lambda body, n: "hm" if n == 1 else "[[8]]")
+    judge(asks(folder, "first-turn"), endpoint(own, fields={"temperature": 1}), folder / "own.jsonl", parallel=1)
+    assert {b["temperature"] for b in hot.asked} == {0.7} and {b["temperature"] for b in own.asked} == {1}
+
+
+@pytest.mark.parametrize("body", ["<html>busy</html>", '{"error": {"code": 529}}', '{"choices": []}', "[]"])
+def test_an_answer_that_is_no_completion_is_asked_for_again_and_then_kept_as_a_line(folder, serve, body):
+    once = serve(lambda asked, n: (200, {}, body) if n in (1, 2) else "[[8]]")
+    assert judge(asks(folder), endpoint(once), folder / "once.jsonl", parallel=1).unrated == 0 and len(once.asked) == TURNS + 2
+    said = []
+    server = serve(lambda asked, n: (200, {}, body) if "what is 2" in asked["messages"][-1]["content"] else "[[8]]")
+    done = judge(asks(folder), endpoint(server), folder / "r.jsonl", parallel=1, progress=said.append)
+    rows = lines(folder / "r.jsonl")
+    assert done.unrated == 2 and len(rows) == TURNS and len(server.asked) == 4 + 2 * 3
+    assert [r["score"] for r in rows] == [8, 8, None, None, 8, 8]
+    assert "not with a chat completion (3 tries)" in rows[2]["reason"] and any(rows[2]["reason"] in line for line in said)
+    better = serve(lambda asked, n: "[[2]]")
+    assert judge(asks(folder), endpoint(better), folder / "r.jsonl", again=True).unrated == 0 and len(better.asked) == 2
 
 
 def test_the_order_of_parallel_replies_doesnt_matter(folder, serve):
@@ -211,8 +234,6 @@ def test_the_key_goes_to_the_endpoint_and_nowhere_else(folder, serve, monkeypatc
         ((404, {}, "no such model"), 'Does it know the model "mock"?'),
         ((429, {}, '{"error": {"code": "insufficient_quota"}}'), "refuses the request (HTTP 429)"),
         ((429, {"Retry-After": "86400"}, "tomorrow"), "asks to wait 86400 seconds"),
-        ((200, {}, "<html>hello</html>"), "not with a chat completion"),
-        ((200, {}, '{"choices": []}'), "not with a chat completion"),
     ],
 )
 def test_what_trying_again_cant_mend_is_said_at_once(folder, serve, answer, said):
@@ -220,6 +241,13 @@ def test_what_trying_again_cant_mend_is_said_at_once(folder, serve, answer, said
     with pytest.raises(EndpointError) as e:
         judge(asks(folder), endpoint(server), folder / "r.jsonl", parallel=1)
     assert said in str(e.value) and len(server.asked) == 1
+
+
+def test_an_endpoint_that_never_gave_a_completion_is_the_wrong_address(folder, serve):
+    server = serve(lambda body, n: (200, {}, "<html>hello</html>"))
+    with pytest.raises(EndpointError, match=r"\(3 tries\): '<html>hello</html>'.*mostly ends in /v1.*0 of 6 reviews are in"):
+        judge(asks(folder), endpoint(server), folder / "r.jsonl", parallel=1)
+    assert len(server.asked) == 3
 
 
 def test_fields_are_added_and_taken_out(folder, serve):

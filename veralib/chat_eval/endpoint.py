@@ -14,6 +14,12 @@ from ..errors import ConfigError, EndpointError, need
 KEY_VARIABLE = "OPENAI_API_KEY"
 PASSING = (408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529)
 LONGEST_WAIT = 300.0
+NONSENSE = 3
+"""How often a request is sent in all whose answers are no chat completions."""
+
+
+class NoCompletion(EndpointError):
+    """The endpoint answers, and has answered others, but not this request with a chat completion."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,7 @@ class Endpoint:
         self._stop = threading.Event()
         self._lock = threading.Lock()
         self._free_at = 0.0
+        self._answered = False
 
     def stop(self) -> None:
         """Ends every wait: threads that are between two tries give up."""
@@ -66,8 +73,13 @@ class Endpoint:
         return {k: v for k, v in body.items() if v is not None}
 
     def chat(self, messages: Sequence[Mapping[str, str]], **parameters: Any) -> Reply:
-        """The reply to one conversation. EndpointError where there is none after all tries, or trying again can't help."""
+        """The reply to one conversation.
+
+        Errors: EndpointError where there is none after all tries, or trying again can't help; NoCompletion where three answers
+        were something else, and the endpoint is known to work.
+        """
         body = self.request(messages, parameters)
+        nonsense = 0
         for attempt in range(self.retries + 1):
             self._wait_for_others()
             try:
@@ -78,27 +90,39 @@ class Endpoint:
                 raise ConfigError(f"endpoint {self.url} is no URL: {e}") from e
             else:
                 if answer.status_code == 200:
-                    return self._reply(answer)
-                fault, wanted = self._refusal(answer)
+                    reply = self._reply(answer)
+                    if reply is not None:
+                        self._answered = True
+                        return reply
+                    nonsense += 1
+                    if nonsense == min(NONSENSE, self.retries + 1):
+                        raise self._no_completion(answer, nonsense)
+                    fault, wanted = "no chat completion", 0.0
+                else:
+                    fault, wanted = self._refusal(answer)
             if attempt < self.retries:
                 self._wait(max(wanted, self.pause * 2**attempt * random.uniform(0.5, 1.0)), wanted > 0)
         tries = f"{self.retries + 1} tries" if self.retries else "one try"
         raise EndpointError(f"{self.url} gave no answer in {tries}; the last: {fault}. Is it running, and is the address right?")
 
-    def _reply(self, answer: Any) -> Reply:
+    def _reply(self, answer: Any) -> Reply | None:
+        """The answer's Reply; None where it is no chat completion."""
         try:
             found = answer.json()
             choice, usage = found["choices"][0], found.get("usage") or {}
             text = choice["message"].get("content") or ""
             if not isinstance(text, str):
-                raise TypeError("content")
+                return None
             counts = [int(usage.get(k) or 0) for k in ("prompt_tokens", "completion_tokens")]
             return Reply(text, str(found.get("model") or self.model), str(choice.get("finish_reason") or ""), *counts)
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as e:
-            raise EndpointError(
-                f"{self.url} answered, but not with a chat completion: {self._scrub(answer.text[:120])!r}. The endpoint must be "
-                "the base of an OpenAI-compatible API, which mostly ends in /v1."
-            ) from e
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+            return None
+
+    def _no_completion(self, answer: Any, tries: int) -> EndpointError:
+        said = f"{self.url} answered, but not with a chat completion ({tries} tries): {self._scrub(answer.text[:120])!r}."
+        if self._answered:
+            return NoCompletion(said)
+        return EndpointError(f"{said} The endpoint must be the base of an OpenAI-compatible API, which mostly ends in /v1.")
 
     def _refusal(self, answer: Any) -> tuple[str, float]:
         """(what was said, seconds asked for) of an answer that may pass; EndpointError where it won't."""

@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import DataError, EndpointError
-from .endpoint import Endpoint
+from .endpoint import Endpoint, NoCompletion
 from .prompts import REFERENCE_GUIDED, JudgePrompt, Kind, Unclear, built_in, find, rating
 from .questions import Answers, Question
 from .records import Log, Record, digest, in_parallel, pending, plain_id, read_log
 
 Mode = Literal["two-turn", "first-turn", "pairwise", "pairwise-first-turn"]
+WARMER = 0.2
+"""The temperature from a judgement's second try on: at 0 the judge would mostly say the same again."""
 MODES = ("two-turn", "first-turn", "pairwise", "pairwise-first-turn")
 
 
@@ -136,7 +138,8 @@ def judge(
 ) -> Reviewed:
     """Asks for the reviews that the output file lacks and appends each as it comes; what is there isn't asked again.
 
-    tries: how often a judgement without a rating is asked for again in all; after them a review without a score is written.
+    tries: how often a judgement without a rating is asked for in all, from the second time at WARMER at least; after them, or
+    where the endpoint answers one request with no completion at all, a review without a score is written.
     Errors: EndpointError, with what is kept and how to go on; ConfigError where the file holds reviews of something else.
     """
     parameters = {"temperature": 0.0, "max_tokens": 2048, **(parameters or {})}
@@ -154,9 +157,7 @@ def judge(
             used[0] += record["usage"]["prompt_tokens"]
             used[1] += record["usage"]["completion_tokens"]
             if record.get("reason"):
-                progress(
-                    f"  question {record['question_id']}, turn {record['turn']}: no score after {tries} tries: {record['reason']}"
-                )
+                progress(f"  question {record['question_id']}, turn {record['turn']}: no score: {record['reason']}")
             if count % max(1, math.ceil(len(todo) / 10)) == 0:
                 progress(f"  {count} of {len(todo)} reviews")
 
@@ -179,8 +180,15 @@ def _review(ask: Ask, endpoint: Endpoint, parameters: Mapping[str, Any], tries: 
     found: Any = None
     reason, text, version = "", "", endpoint.model
     used = {"prompt_tokens": 0, "completion_tokens": 0}
-    for _ in range(tries):
-        reply = endpoint.chat(ask.messages, **parameters)
+    asked = dict(parameters)
+    for number in range(tries):
+        if number:
+            asked["temperature"] = max(WARMER, asked.get("temperature") or 0.0)
+        try:
+            reply = endpoint.chat(ask.messages, **asked)
+        except NoCompletion as e:
+            reason = str(e)
+            break
         used = {
             "prompt_tokens": used["prompt_tokens"] + reply.input_tokens,
             "completion_tokens": used["completion_tokens"] + reply.output_tokens,
@@ -201,6 +209,7 @@ def _review(ask: Ask, endpoint: Endpoint, parameters: Mapping[str, Any], tries: 
         "judgment": text,
         "judge": [endpoint.model, ask.prompt.name],
         "judge_version": version,
+        "temperature": endpoint.request(ask.messages, asked).get("temperature"),
         "question": list(ask.question.turns),
         "answers": {model: list(turns) for model, turns in ask.answers.items()},
         "usage": used,

@@ -93,6 +93,20 @@ def mean(found: Mapping[tuple[str, int], float | None]) -> Mean:
     return Mean(float(np.mean(rated)) if rated else float("nan"), len(rated), len(found))
 
 
+def summary(reviews: Reviews) -> dict[str, object]:
+    """What `vera reproduce table4` reads: {"scores": {"score": mean over all turns}}, and of what. Of a pairwise file it is the
+    first model's, over both orders. DataError where no review has a score."""
+    model = reviews.model
+    given = [(r.get("scores") or {}).get(model) if reviews.pairwise else r.get("score") for r in reviews.records]
+    rated = [float(s) for s in given if s is not None]
+    if not rated:
+        raise DataError(f"{reviews.path}: none of {len(given)} reviews has a score")
+    prompts = sorted({(r.get("judge") or ["", ""])[1] for r in reviews.records})
+    about = {"model": model, **({"against": reviews.records[0]["against"]} if reviews.pairwise else {})}
+    counts = {"reviews": len(given), "rated": len(rated)}
+    return {**about, "scores": {"score": float(np.mean(rated))}, **counts, "judges": reviews.judges, "prompts": prompts}
+
+
 def compare(
     first: Mapping[tuple[str, int], float | None],
     second: Mapping[tuple[str, int], float | None],

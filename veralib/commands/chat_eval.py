@@ -1,5 +1,6 @@
 """vera chat-eval: answer questions with a model, have a judge grade the answers, show the scores."""
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -138,6 +139,7 @@ def show(
     question: str = Option(None, help="One question in full, as Markdown: answers, reviews and scores side by side."),
     markdown: bool = Option(False, "--markdown", help="Tables as Markdown."),
     output: str = Option(None, help="Write the Markdown to this file."),
+    scores: str = Option(None, help="Of one review file: write its mean score to this JSON file, for vera reproduce table4."),
 ) -> None:
     """Show scores by category and turn, differences between models with 95 % intervals, or one question in full.
 
@@ -146,11 +148,18 @@ def show(
         vera chat-eval show lora_reviews.jsonl vera_reviews.jsonl
 
         vera chat-eval show lora_reviews.jsonl vera_reviews.jsonl --question 81
+
+        vera chat-eval show vera_reviews.jsonl --scores scores.json
     """
     from ..chat_eval import read_reviews
     from ..chat_eval import show as pages
+    from ..chat_eval.scores import summary
 
     found = [read_reviews(path) for path in reviews]
+    if scores is not None:
+        if len(found) > 1:
+            raise ConfigError(f"--scores takes one review file, found {len(found)}")
+        _save(scores, json.dumps(summary(found[0]), indent=1, ensure_ascii=False) + "\n")
     lines = pages.remarks(found)
     if question is None and not markdown and output is None:
         for title, columns, rows in pages.tables(found):
@@ -161,11 +170,15 @@ def show(
     if output is None:
         print(text)
         return
+    _save(output, text)
+
+
+def _save(path: str, text: str) -> None:
     try:
-        Path(output).write_text(text, encoding="utf-8")
+        Path(path).write_text(text, encoding="utf-8")
     except OSError as e:
-        raise ConfigError(f"can't write {output}: {e.strerror or e}") from e
-    print(f"written: {output}")
+        raise ConfigError(f"can't write {path}: {e.strerror or e}") from e
+    print(f"written: {path}")
 
 
 def _show_estimate(

@@ -5,9 +5,12 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from ..recipes import settings_of
 from .pages import page, write
 from .published import TABLES, Printed, Row
 
+JUDGE = "gpt-4-0613"
+"""The commands' judge; the paper names no version of GPT-4."""
 RUNS = Path("results/runs")
 """Where `vera reproduce` looks for the runs of published recipes: RECIPE/METHOD-seedN/result.json."""
 
@@ -18,46 +21,71 @@ def slug(row: Row) -> str:
     return "-".join([row.method or "base", *flags])
 
 
-def command(table: Printed, row: Row, recipe: str, seed: int = 0) -> str:
-    """What makes one run of a cell."""
+def command(table: Printed, row: Row, recipe: str, seed: int = 0, trained: bool = False) -> str:
+    """What makes one run of a cell. trained: the run is there, and its score alone is missing."""
     flags = f"{row.flags} " if row.flags else ""
     protocol = table.protocol if recipe.startswith("glue") else ""
     place = RUNS / recipe / f"{slug(row)}-seed{seed}"
-    train = f"vera train {recipe} --method {row.method} {protocol}{flags}--seed {seed} --output {place}"
-    return (
-        f"{train} && vera evaluate {place} --data e2e-dataset.zip --output {place}/scores.json"
-        if recipe.startswith("e2e")
-        else train
-    )
+    steps = [f"vera train {recipe} --method {row.method} {protocol}{flags}--seed {seed} --output {place}"]
+    if trained or row.method is None:
+        steps = []
+    if recipe.startswith("e2e"):
+        steps.append(f"vera evaluate {place} --data e2e-dataset.zip --output {place}/scores.json")
+    if table.questions:
+        steps += _judged(table.questions, row, recipe, place)
+    return " && ".join(steps)
 
 
-def scores(row: Row, recipe: str, key: str, runs: Path) -> list[float]:
-    """The scores of a cell's finished runs, one for each seed; those of `vera evaluate` lie beside, in scores.json."""
-    found = []
+def _judged(questions: str, row: Row, recipe: str, place: Path) -> list[str]:
+    """The commands of `vera chat-eval` from a run, or from the base itself, to scores.json."""
+    model = f"--adapter {place}"
+    if row.method is None:
+        settings = settings_of(recipe)
+        model = f"--model {settings.model} --quantise {settings.quantise} --dtype {settings.dtype} --chat-template alpaca"
+    asked = f"--questions {questions}/question.jsonl"
+    return [
+        f"vera chat-eval answer {model} {asked} --output {place}/answers.jsonl",
+        f"vera chat-eval judge {place}/answers.jsonl {asked} --references {questions}/reference_answer --judge {JUDGE} "
+        f"--output {place}/reviews.jsonl",
+        f"vera chat-eval show {place}/reviews.jsonl --scores {place}/scores.json",
+    ]
+
+
+def scores(row: Row, recipe: str, key: str, runs: Path) -> dict[str, list[float]]:
+    """The scores of a cell's finished runs, one for each seed, by their name; those of `vera evaluate` and `vera chat-eval show`
+    lie beside, in scores.json. A name is the key, or the key with what makes it another metric: "METEOR (exact+stem)"."""
+    found: dict[str, list[float]] = {}
     for folder in sorted((runs / recipe).glob(f"{slug(row)}-seed*")):
-        for name in ("result.json", "scores.json"):
-            path = folder / name
+        for file in ("result.json", "scores.json"):
+            path = folder / file
             read = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
             metrics = read.get("metrics") or read.get("scores") or {}
-            if key in metrics:
-                found.append(float(metrics[key]))
+            if name := next((n for n in metrics if n == key or n.startswith(f"{key} (")), None):
+                found.setdefault(name, []).append(float(metrics[name]))
                 break
     return found
 
 
 def table(name: str, runs: Path = RUNS) -> dict[str, Any]:
-    """Every cell: printed, its spread, ours with the number of seeds, the difference, or the command that fills it."""
+    """Every cell: printed and its spread, ours, its spread and the number of seeds, the difference, or the command that fills it.
+
+    beside: a score of another metric, by its name, where ours isn't there.
+    """
     printed, cells = TABLES[name], []
     average = statistics.median if printed.average == "median" else statistics.mean
     for row in printed.rows:
         for at, column in enumerate(printed.columns):
-            recipe = row.recipes[at]
-            ours = [printed.factor * s for s in scores(row, recipe, printed.keys[at], runs)]
+            recipe, key = row.recipes[at], printed.keys[at]
+            found = {n: [printed.factor * s for s in of] for n, of in scores(row, recipe, key, runs).items()}
+            ours = found.pop(key, [])
             cell: dict[str, Any] = {"block": row.block, "method": row.label, "parameters": row.parameters, "column": column}
             cell |= {"printed": row.values[at], "printed_spread": row.spread[at] if row.spread else None}
             cell |= {"ours": average(ours) if ours else None, "seeds": len(ours)}
+            cell["spread"] = statistics.stdev(ours) if len(ours) > 1 else None
             cell["difference"] = cell["ours"] - cell["printed"] if ours else None
-            cell["command"] = None if ours or row.method is None else command(printed, row, recipe)
+            cell["beside"] = {n: average(of) for n, of in found.items()}
+            trained = (runs / recipe / f"{slug(row)}-seed0" / "result.json").exists()
+            cell["command"] = None if ours else command(printed, row, recipe, trained=trained)
             cells.append(cell)
         if row.mean is not None:
             cells.append(_mean(row, cells[-len(printed.columns) :]))
@@ -68,7 +96,15 @@ def _mean(row: Row, cells: list[dict[str, Any]]) -> dict[str, Any]:
     """The average column: ours where every column has a run."""
     ours = [c["ours"] for c in cells]
     whole = statistics.mean(ours) if None not in ours else None
-    cell = {**cells[0], "column": "Avg.", "printed": row.mean, "printed_spread": None, "command": None}
+    cell = {
+        **cells[0],
+        "column": "Avg.",
+        "printed": row.mean,
+        "printed_spread": None,
+        "spread": None,
+        "beside": {},
+        "command": None,
+    }
     seeds = min(c["seeds"] for c in cells)
     return {**cell, "ours": whole, "seeds": seeds, "difference": whole - row.mean if whole is not None else None}
 
@@ -84,7 +120,13 @@ def make(name: str, folder: Path, runs: Path = RUNS) -> dict[str, Any]:
         lines.append((cells[0]["block"], cells[0]["method"], cells[0]["parameters"], *map(_cell, cells)))
         missing += [f"    {c['command']}" for c in cells if c["command"]]
     head = ("model", "method", "trained", *(f"{c}: printed · ours" for c in columns))
-    remarks = [f"Ours: {printed.average} over the seeds there are, and the difference. A dash: no run's result is here."]
+    remarks = [
+        f"Ours: {printed.average} ± standard deviation over the seeds there are, and the difference. A dash: no run's result is "
+        "here.",
+        *printed.remarks,
+    ]
+    if any(c["beside"] for c in found["cells"]):
+        remarks.append("A score in brackets is another metric's, which doesn't compare with the printed one.")
     if missing:
         remarks += [
             f"{len(missing)} cells have no run. Each by its command, and again with other seeds:",
@@ -94,6 +136,13 @@ def make(name: str, folder: Path, runs: Path = RUNS) -> dict[str, Any]:
 
 
 def _cell(cell: dict[str, Any]) -> str:
-    spread = f" ± {cell['printed_spread']:g}" if cell["printed_spread"] is not None else ""
-    ours = "–" if cell["ours"] is None else f"**{cell['ours']:.2f}** ({cell['difference']:+.2f}, {cell['seeds']} seeds)"
-    return f"{cell['printed']:g}{spread} · {ours}"
+    if cell["ours"] is None:
+        beside = "".join(f" [{name}: {value:.2f}]" for name, value in cell["beside"].items())
+        return f"{cell['printed']:g}{_plus_minus(cell['printed_spread'], 'g')} · –{beside}"
+    seeds = f"{cell['seeds']} seed{'s' if cell['seeds'] > 1 else ''}"
+    ours = f"**{cell['ours']:.2f}**{_plus_minus(cell['spread'], '.2f')} ({cell['difference']:+.2f}, {seeds})"
+    return f"{cell['printed']:g}{_plus_minus(cell['printed_spread'], 'g')} · {ours}"
+
+
+def _plus_minus(spread: float | None, form: str) -> str:
+    return "" if spread is None else f" ± {spread:{form}}"

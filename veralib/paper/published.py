@@ -41,6 +41,9 @@ class Printed:
     factor: float = 100.0
     average: str = "median"
     protocol: str = "--protocol published "
+    questions: str = ""
+    """Of tables that a judge fills: the folder of FastChat's questions."""
+    remarks: tuple[str, ...] = ()
 
 
 def _glue(
@@ -109,7 +112,7 @@ TABLE_3 = Printed(
         _e2e("medium", "Adpt^L", "0.37M", "66.3 8.41 45.0 69.8 2.40", "adapter_l", "--rank 6"),
         _e2e("medium", "Adpt^L", "11.09M", "68.9 8.71 46.1 71.3 2.47", "adapter_l", "--rank 224"),
         _e2e("medium", "Adpt^H", "11.09M", "67.3 8.50 46.0 70.7 2.44", "adapter_h", "--rank 112"),
-        _e2e("medium", "DyLoRA", "0.39M", "69.2 8.75 46.3 70.8 2.46", "dylora", "--rank 4"),
+        _e2e("medium", "DyLoRA", "0.39M", "69.2 8.75 46.3 70.8 2.46", "dylora", "--rank 4 --targets c_attn"),
         _e2e("medium", "AdaLoRA", "0.38M", "68.2 8.58 44.1 70.7 2.35", "adalora", "--rank 4"),
         _e2e("medium", "LoRA", "0.35M", "68.9 8.69 46.4 71.3 2.51", "lora"),
         _e2e("medium", "VeRA", "0.098M", "70.1 8.81 46.6 71.5 2.50", "vera"),
@@ -128,6 +131,10 @@ def _chat(block: str, label: str, parameters: str, score: float, recipe: str, me
     return Row(block, label, parameters, (score,), (), method, "", (recipe,))
 
 
+CHAT_FILES = (
+    "mt_bench and vicuna_bench are folders of FastChat's `fastchat/llm_judge/data`; the judge's key comes from OPENAI_API_KEY "
+    "([chat evaluation](../../docs/chat-eval.md))."
+)
 TABLE_4 = Printed(
     "Table 4: MT-Bench, judged by GPT-4",
     ("score",),
@@ -145,6 +152,12 @@ TABLE_4 = Printed(
     ),
     factor=1.0,
     protocol="",
+    questions="mt_bench",
+    remarks=(
+        "Ours: the mean over both turns. The paper doesn't say whether both count: `--mode first-turn` grades the first alone. "
+        "How it prompted the base isn't said either: here with Alpaca's sections, in 4 bits like the others.",
+        CHAT_FILES,
+    ),
 )
 TABLE_13 = Printed(
     "Table 13: Vicuna Eval, judged by GPT-4",
@@ -156,6 +169,13 @@ TABLE_13 = Printed(
     ),
     factor=1.0,
     protocol="",
+    questions="vicuna_bench",
+    remarks=(
+        "The paper's judge saw both models' answers in one request (appendix F), so each score depended on the rival. The "
+        "commands grade each answer alone; `vera chat-eval judge --mode pairwise --against OTHER` grades as the "
+        "paper's judge did, and `show --scores` takes such reviews too.",
+        CHAT_FILES,
+    ),
 )
 
 
