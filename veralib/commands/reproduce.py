@@ -18,15 +18,16 @@ def reproduce(
 
         vera reproduce table1
     """
-    from ..paper import ITEMS, make
+    from ..paper import ALIASES, ITEMS, make, page_name
     from .shared import table
 
     if name == "list":
-        table("Tables and figures", ("name", "what"), [(n, item.title) for n, item in ITEMS.items()])
+        other = {n: ", ".join(a for a, of in ALIASES.items() if of == n) for n in ITEMS}
+        table("Tables and figures", ("name", "or", "what"), [(n, other[n], item.title) for n, item in ITEMS.items()])
         return
     if name != "all":
         make(name, Path(out))
-        print((Path(out) / f"{name}.md").read_text(encoding="utf-8"))
+        print((Path(out) / f"{page_name(name)}.md").read_text(encoding="utf-8"))
         return
     rows = []
     for each, item in ITEMS.items():

@@ -36,8 +36,9 @@ def vera_error(W: np.ndarray, rank: int, rng: np.random.Generator, rounds: int =
     return float(((W - b[:, None] * M) ** 2).mean())
 
 
-def make(folder: Path, matrices: int = MATRICES, rounds: int = ROUNDS) -> dict[str, Any]:
-    """Mean and standard error over the matrices, the table and the picture."""
+def make(folder: Path, matrices: int | None = None, rounds: int | None = None) -> dict[str, Any]:
+    """Mean and standard error over the matrices, MATRICES and ROUNDS if left out; the table and the picture."""
+    matrices, rounds = matrices or MATRICES, rounds or ROUNDS
     rng = np.random.default_rng(0)
     targets = [rng.standard_normal((SIZE, SIZE)) for _ in range(matrices)]
     points: list[dict[str, Any]] = []

@@ -13,16 +13,34 @@ from .pages import Table, page, write
 COLUMNS = ("method", "trained parameters", "adapter bytes", "rate", "held-out", "test", "seeds", "ms a step")
 
 
-def make(name: str, grid_file: Path, folder: Path | None = None, place: Path | None = None) -> dict[str, Any]:
-    """README.md and quality.png in the grid's output folder; NAME.json and NAME.md in `folder`."""
+X_LABELS = {"bytes": "bytes stored for an adapter and its head", "parameters": "trained parameters"}
+AVERAGES = {"mean": statistics.mean, "median": statistics.median}
+
+
+def make(
+    name: str,
+    grid_file: Path,
+    folder: Path | None = None,
+    place: Path | None = None,
+    *,
+    average: str = "mean",
+    beside: Path | None = None,
+) -> dict[str, Any]:
+    """README.md and quality.png in the grid's output folder; NAME.json and NAME.md in `folder`.
+
+    average: "mean" or "median", of the scores over the seeds; differences are paired means in either. beside: another grid's
+    results, of which the methods that this one compares with are shown too.
+    """
     grid = read_grid(grid_file, place)
     results = load_results(grid.output, list(dict.fromkeys(c.name for c in grid.cells)))
+    if beside is not None:
+        results = [*(r for r in load_results(beside, grid.against) if r["name"] in grid.against), *results]
     by_task = {task: chosen([r for r in results if r["task"] == task], metric) for task, metric in grid.metrics.items()}
     tables: list[Table] = []
     for task, lines in by_task.items():
         if not lines:
             continue
-        tables.append((f"{task}: {grid.metrics[task]} × 100", COLUMNS, [_line(line) for line in lines]))
+        tables.append((f"{task}: {grid.metrics[task]} × 100", COLUMNS, [_line(line, average) for line in lines]))
         for against in grid.against:
             if reference := next((line for line in lines if line.name == against), None):
                 rows = [_difference(line, reference) for line in lines if line is not reference]
@@ -33,22 +51,23 @@ def make(name: str, grid_file: Path, folder: Path | None = None, place: Path | N
     grid.output.mkdir(parents=True, exist_ok=True)
     remarks = [
         *([grid.about] if grid.about else []),
-        "The rate is the one with the best mean on held-out training rows; the test set is scored once a run. Mean ± standard "
-        "deviation over seeds. The head trains in full in every method; it counts in the bytes, not in the parameters. On par: "
-        f"the whole interval within ± {MARGIN:g} points, a margin of our choice. Steps are timed with other runs "
-        "beside them.",
+        "The rate is the one with the best mean on held-out training rows; the test set is scored once a run. "
+        f"{average.capitalize()} ± standard deviation over seeds. The head trains in full in every method; it counts in the "
+        f"bytes, not in the parameters. On par: the whole interval within ± {MARGIN:g} points, a margin of our choice. Steps are "
+        "timed with other runs beside them.",
+        *([f"{' and '.join(grid.against)}: runs of another grid with the same settings, in {beside}."] if beside else []),
         *_machine(results),
         f"{len(missing)} of {len(grid.cells)} runs are missing" + (f": `vera sweep {grid_file}`" if missing else "") + ".",
         *_by_task(missing),
     ]
     if any(by_task.values()):
-        _plot(by_task, grid, grid.output / "quality.png")
+        _plot(by_task, grid, grid.output / "quality.png", average)
         picture = Path(os.path.relpath(grid.output / "quality.png", folder or grid.output)).as_posix()
         remarks.insert(0, f"![quality over {grid.over}]({picture})")
     found = {
         "title": grid.title,
         "tasks": {
-            task: [{**vars(line), "mean": statistics.mean(line.scores.values())} for line in lines]
+            task: [{**vars(line), average: AVERAGES[average](line.scores.values())} for line in lines]
             for task, lines in by_task.items()
         },
         "missing": len(missing),
@@ -61,16 +80,17 @@ def make(name: str, grid_file: Path, folder: Path | None = None, place: Path | N
     return found
 
 
-def mean_std(values: Any) -> str:
-    """ "mean ± standard deviation" of scores."""
+def average_std(values: Any, average: str = "mean") -> str:
+    """ "mean ± standard deviation" of scores, or the median."""
     values = list(values)
-    return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+    return f"{AVERAGES[average](values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
 
 
-def _line(line: Line) -> tuple[str, ...]:
+def _line(line: Line, average: str) -> tuple[str, ...]:
+    test = average_std(line.scores.values(), average)
     return (
         *(line.name, f"{line.parameters:,}", f"{line.bytes:,}", f"{line.rate} {line.value:g}"),
-        *(mean_std(line.held_out.values()), f"**{mean_std(line.scores.values())}**", str(len(line.scores))),
+        *(average_std(line.held_out.values(), average), f"**{test}**", str(len(line.scores))),
         f"{1000 * line.seconds_per_step:.0f}",
     )
 
@@ -95,7 +115,7 @@ def _by_task(missing: list[Any]) -> list[str]:
     return ["\n".join(f"- {task}, {name}: {count}" for (task, name), count in counts.items())] if counts else []
 
 
-def _plot(by_task: Mapping[str, list[Line]], grid: Grid, path: Path) -> None:
+def _plot(by_task: Mapping[str, list[Line]], grid: Grid, path: Path, average: str) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -106,12 +126,11 @@ def _plot(by_task: Mapping[str, list[Line]], grid: Grid, path: Path) -> None:
     for axis, (task, lines) in zip(axes[0], shown.items(), strict=True):
         for line in lines:
             scores = list(line.scores.values())
+            y = AVERAGES[average](scores)
             x = line.bytes if grid.over == "bytes" else max(line.parameters, 1)
-            axis.errorbar(x, statistics.mean(scores), yerr=statistics.stdev(scores) if len(scores) > 1 else 0, fmt="o")
-            axis.annotate(line.name, (x, statistics.mean(scores)), textcoords="offset points", xytext=(5, 4), fontsize=8)
-        axis.set(
-            xscale="log", xlabel="bytes stored for an adapter and its head", ylabel=f"{grid.metrics[task]} × 100", title=task
-        )
+            axis.errorbar(x, y, yerr=statistics.stdev(scores) if len(scores) > 1 else 0, fmt="o")
+            axis.annotate(line.name, (x, y), textcoords="offset points", xytext=(5, 4), fontsize=8)
+        axis.set(xscale="log", xlabel=X_LABELS[grid.over], ylabel=f"{grid.metrics[task]} × 100", title=task)
         axis.margins(x=0.25)
     figure.tight_layout()
     figure.savefig(path, dpi=110)

@@ -3,22 +3,26 @@
 import json
 import re
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError
-from .pages import page, write
+from .pages import Table, page, write
 
 FOUND = Path("results/weights/weights.json")
 COMMAND = "python -m experiments.weights"
+PAPERS_RANK = 256
 
 
-def load(path: Path) -> dict[str, Any]:
-    """The experiment's result. DataError names the command that makes it."""
-    if not path.exists():
-        raise DataError(f"there is no {path}: run `{COMMAND}` first, in a clone of the repository, with VERALIB_DATA set.")
-    return json.loads(path.read_text(encoding="utf-8"))
+def load(path: Path) -> dict[str, Any] | None:
+    """The experiment's result; None where it wasn't run."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def _missing(folder: Path, name: str, title: str, printed: Sequence[Table] = (), remarks: Sequence[str] = ()) -> dict[str, Any]:
+    """The page of a figure that no run fills: what the paper prints, and the command."""
+    how = f"Ours is missing: `{COMMAND}`, in a clone of the repository, with VERALIB_DATA set, makes {FOUND.as_posix()}."
+    return write(folder, name, {"missing": 1}, page(title, name, printed, [*remarks, how]))
 
 
 def _where(found: Mapping[str, Any]) -> str:
@@ -35,7 +39,14 @@ def _block(layer: str) -> int:
 
 def fig3(folder: Path, source: Path = FOUND) -> dict[str, Any]:
     """‖d‖₂ by layer, query and value."""
-    found = load(source)
+    found, title = load(source), "Figure 3: how far d moves, by layer"
+    printed = (
+        f"The paper: RTE, RoBERTa-large, rank {PAPERS_RANK}, so ‖d‖₂ starts at 0.1 · √{PAPERS_RANK} = "
+        f"{0.1 * PAPERS_RANK**0.5:.1f}; query moves more than value, later layers more than earlier ones. "
+        "Its points are printed as a picture alone."
+    )
+    if found is None:
+        return _missing(folder, "fig3", title, remarks=[printed])
     series: dict[str, dict[int, float]] = {"query": {}, "value": {}}
     for layer, norm in found["d_norms"].items():
         series[layer.rsplit(".", 1)[-1]][_block(layer)] = norm
@@ -43,29 +54,31 @@ def fig3(folder: Path, source: Path = FOUND) -> dict[str, Any]:
     _lines(series, folder / "fig3.png", "block", "‖d‖₂", start)
     blocks = sorted(series["query"])
     rows = [(str(b), f"{series['query'][b]:.3f}", f"{series['value'][b]:.3f}") for b in blocks]
-    remarks = ["![figure 3](fig3.png)", f"d starts at 0.1 · √{found['rank']} = {start:.1f} (dashed).", _where(found)]
-    text = page("Figure 3: how far d moves, by layer", "fig3", [("", ("block", "query ‖d‖₂", "value ‖d‖₂"), rows)], remarks)
+    remarks = ["![figure 3](fig3.png)", f"d starts at 0.1 · √{found['rank']} = {start:.1f} (dashed).", printed, _where(found)]
+    text = page(title, "fig3", [("", ("block", "query ‖d‖₂", "value ‖d‖₂"), rows)], remarks)
     return write(folder, "fig3", {"norms": found["d_norms"], "start": start}, text)
 
 
 def fig5(folder: Path, source: Path = FOUND) -> dict[str, Any]:
     """Cosine of the flattened ΔW of query layers with LoRA's."""
-    found = load(source)
+    found, title = load(source), "Figure 5: is VeRA's ΔW like LoRA's?"
+    printed = "The paper: 2e-3 on average between LoRA and VeRA, -8e-5 between LoRA and random matrices."
+    if found is None:
+        return _missing(folder, "fig5", title, remarks=[printed])
     series = {name: {_block(k): v for k, v in of.items()} for name, of in found["cosines"].items()}
     _lines(series, folder / "fig5.png", "block", "cosine with LoRA r=64's ΔW", None)
     blocks = sorted(series["random"])
     rows = [(name, *(f"{of[b]:+.4f}" for b in blocks), f"{statistics.mean(of.values()):+.4f}") for name, of in series.items()]
     head = ("ΔW of", *(f"block {b}" for b in blocks), "mean")
-    printed = "The paper: 2e-3 on average between LoRA and VeRA, -8e-5 between LoRA and random matrices."
-    text = page(
-        "Figure 5: is VeRA's ΔW like LoRA's?", "fig5", [("", head, rows)], ["![figure 5](fig5.png)", printed, _where(found)]
-    )
+    text = page(title, "fig5", [("", head, rows)], ["![figure 5](fig5.png)", printed, _where(found)])
     return write(folder, "fig5", {"cosines": found["cosines"]}, text)
 
 
 def intruders(folder: Path, source: Path = FOUND) -> dict[str, Any]:
     """New leading singular vectors, and the size of ΔW, by method."""
     found = load(source)
+    if found is None:
+        return _missing(folder, "intruders", "Intruder dimensions")
     rows = []
     for name, of in found["intruders"].items():
         change = statistics.mean(found["change"][name].values())
@@ -82,7 +95,12 @@ def intruders(folder: Path, source: Path = FOUND) -> dict[str, Any]:
 
 def table12(folder: Path, source: Path = FOUND) -> dict[str, Any]:
     """Time and memory of training, LoRA and VeRA at rank 64."""
-    found = load(source)
+    found, title = load(source), "Table 12: time and memory"
+    columns, values = ("method", "minutes", "÷ LoRA", "GPU memory, GB"), (("LoRA", 568, 23.42), ("VeRA", 578, 21.69))
+    printed = [(name, str(minutes), f"{minutes / 568:.2f}", f"{memory:g}") for name, minutes, memory in values]
+    paper = ("The paper: Llama 7B, rank 64, one GPU", columns, printed)
+    if found is None:
+        return _missing(folder, "table12", title, [paper])
     rows = []
     reference = found["runs"]["LoRA r=64"]
     for name, run in found["runs"].items():
@@ -93,11 +111,11 @@ def table12(folder: Path, source: Path = FOUND) -> dict[str, Any]:
             )
         )
     head = ("method", "trained parameters", "ms a step", "÷ LoRA r=64", "process's peak memory, MiB")
-    printed = (
-        "The paper, Llama 7B at rank 64 on a GPU: LoRA 568 min and 23.42 GB, VeRA 578 min (1.02 ×) and 21.69 GB. `make bench` "
-        "has the interleaved measurement; here the runs followed one another, each in a process of its own."
+    says = (
+        "`make bench` has the interleaved measurement; here the runs followed one another, each in a process of its own. Rank 64 "
+        "says nothing about r = 1024, whose adapter costs sixteen times as much."
     )
-    text = page("Table 12: time and memory", "table12", [("", head, rows)], [printed, _where(found)])
+    text = page(title, "table12", [paper, ("Ours", head, rows)], [says, _where(found)])
     return write(folder, "table12", {"runs": found["runs"]}, text)
 
 
