@@ -1,11 +1,19 @@
 """Grids: every fault of the file is listed, finished runs aren't repeated, shards add up, nothing holds the machine's paths."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import Future
 
 import pytest
+import torch
 import yaml
 
 from veralib.errors import ConfigError
+from veralib.training import sweep
 from veralib.training.sweep import load_results, read_grid, run_grid
 
 from .tiny import sentences
@@ -60,6 +68,96 @@ def test_shards_add_up_and_a_failed_run_stops_nobody(grid_file, tmp_path, monkey
     failed = [f for part in (1, 2, 3) for f in run_grid(grid, shard=(part, 3), log=lambda line: None)]
     assert len(failed) == 4 and all("nowhere" in f for f in failed)
     assert {c.name for c in grid.missing()} == {"VeRA r=4"} and len(grid.missing()) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_a_sweep_interrupted_in_the_middle_goes_on_and_repeats_nothing_that_ended(grid_file, tmp_path, how):
+    out = tmp_path / "out"
+    grid = read_grid(grid_file, out)
+    done = lambda: {p.name: p.stat().st_mtime_ns for p in out.glob("cola/*.json")}  # noqa: E731
+    command = [sys.executable, "-m", "veralib.cli", "sweep", str(grid_file), "--output", str(out)]
+    # A session of its own, so that the signal reaches the worker too, as Ctrl-C in a terminal does; and a job in the background
+    # is started with SIGINT ignored.
+    process = subprocess.Popen(
+        command, start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 300
+        while len(done()) < 2 and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.005)
+        os.killpg(process.pid, how)
+        said, _ = process.communicate(timeout=120)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode != 0, said
+    before = done()
+    assert 2 <= len(before) < 8, said
+    assert all(json.loads((out / "cola" / name).read_text())["metrics"] for name in before)  # whole files alone
+    missing = {c.file(out).name for c in grid.missing()}
+    assert missing.isdisjoint(before) and len(missing) == 8 - len(before)
+    lines: list[str] = []
+    assert run_grid(grid, log=lines.append) == [] and lines[0] == f"{len(missing)} of 8 runs to do"
+    after = done()
+    assert {name: after[name] for name in before} == before and len(after) == 8 and grid.missing() == []
+
+
+@pytest.mark.slow
+def test_two_jobs_give_the_results_of_one(grid_file, tmp_path):
+    grids = {jobs: read_grid(grid_file, tmp_path / f"jobs{jobs}") for jobs in (1, 2)}
+    for jobs, grid in grids.items():
+        assert run_grid(grid, jobs, shard=(1, 4), log=lambda line: None) == []
+    one, two = ({(r["name"], r["value"], r["seed"]): r["metrics"] for r in load_results(g.output)} for g in grids.values())
+    assert one == two and len(one) == 2
+
+
+def test_jobs_go_round_the_gpus_that_the_process_may_use(grid_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,GPU-5f")
+    assert sweep._gpus() == ["2", "GPU-5f"]
+    given = []
+
+    class Pool:
+        def __init__(self, jobs, mp_context, initializer, initargs):
+            assert initializer is sweep._share and initargs[1] == jobs
+            given.append([initargs[0].get(timeout=20) for _ in range(jobs)])
+
+        def submit(self, run, cell, output):
+            future = Future()
+            future.set_result("fine")
+            return future
+
+        def shutdown(self, cancel_futures):
+            pass
+
+    monkeypatch.setattr(sweep, "ProcessPoolExecutor", Pool)
+    for jobs in (1, 3):
+        assert run_grid(read_grid(grid_file, tmp_path / "out"), jobs, log=lambda line: None) == []
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    for count in (4, 0):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
+        run_grid(read_grid(grid_file, tmp_path / "out"), 2, log=lambda line: None)
+    assert given == [["2"], ["2", "GPU-5f", "2"], ["0", "1"], [None, None]]
+
+
+def test_a_worker_sees_its_gpu_alone_or_has_its_part_of_the_cores(monkeypatch):
+    class Numbers:
+        def __init__(self, gpu):
+            self.gpu = gpu
+
+        def get(self):
+            return self.gpu
+
+    threads = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    sweep._share(Numbers("1"), 2)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "1" and threads == []
+    for jobs in (2, 16):
+        sweep._share(Numbers(None), jobs)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "1" and threads == [4, 1]
 
 
 @pytest.mark.parametrize(
