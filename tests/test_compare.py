@@ -187,7 +187,7 @@ def test_figure_4_isnt_whole_while_its_grid_lacks_runs(tmp_path):
             text = run(cell.name, 0.1, cell.seed, 0, 0, adapter_parameters=8000, metrics=scores, settings=cell.settings)
             cell.file(tmp_path).write_text(json.dumps(text))
     found = fig4.make(tmp_path, tmp_path, tmp_path / "grid.yaml")
-    assert found["missing"] == 1 and _whole(found) == "1 runs are missing"  # the regression has no accuracy
+    assert found["missing"] == 1 and _whole(found) == "1 run is missing"  # the regression has no accuracy
 
 
 def test_the_plot_says_what_it_is_over_and_averages_as_its_page(tmp_path, monkeypatch):
@@ -231,6 +231,7 @@ def test_the_second_glue_grid_has_every_other_method_and_shows_them_missing_besi
     page = (tmp_path / "glue_more.md").read_text()
     assert "| LoRA r=1 | 7 | 9 |" in page and "VeRA r=256 |" not in page and "- mrpc, BitFit: 9" in page
     assert "504 of 504 runs are missing" in page
+    assert "![" not in page and not (tmp_path / "more/quality.png").exists()  # there is nothing of its own to see
 
 
 def test_every_method_of_the_second_glue_grid_can_be_attached():

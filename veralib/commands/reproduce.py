@@ -46,4 +46,5 @@ def _whole(found: dict[str, Any]) -> str:
     missing = sum(1 for c in cells if c["ours"] is None)
     if missing:
         return f"{missing} of {len(cells)} cells have no run; their commands are in the file"
-    return f"{found['missing']} runs are missing" if found.get("missing") else "whole"
+    runs = found.get("missing", 0)
+    return "whole" if not runs else f"{runs} run{'s are' if runs > 1 else ' is'} missing"

@@ -43,7 +43,7 @@ def make(folder: Path, results: Path = RESULTS, grid: Path = GRID) -> dict[str, 
         "gains all; it rewards few parameters alone. The column beside it is what the caption says. The head's accuracy isn't "
         "printed; with Table 2's numbers no single one gives both LoRA's bar and VeRA's, whatever the rounding.",
         *(["Ours: the rate is chosen by accuracy on held-out rows. Base: MiniLM-L6, not RoBERTa."] if lines else []),
-        *([f"{missing} runs are missing: `vera sweep {GRID.as_posix()}`."] if missing else []),
+        *([f"Ours lacks runs ({missing}): `vera sweep {GRID.as_posix()}`."] if missing else []),
     ]
     _draw(bars, lines, folder / "fig4.png")
     found = {"published": bars, "lines": lines, "missing": missing}

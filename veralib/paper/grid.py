@@ -33,6 +33,7 @@ def make(
     """
     grid = read_grid(grid_file, place)
     results = load_results(grid.output, list(dict.fromkeys(c.name for c in grid.cells)))
+    own = bool(results)
     if beside is not None:
         results = [*(r for r in load_results(beside, grid.against) if r["name"] in grid.against), *results]
     by_task = {task: chosen([r for r in results if r["task"] == task], metric) for task, metric in grid.metrics.items()}
@@ -60,7 +61,7 @@ def make(
         f"{len(missing)} of {len(grid.cells)} runs are missing" + (f": `vera sweep {grid_file}`" if missing else "") + ".",
         *_by_task(missing),
     ]
-    if any(by_task.values()):
+    if own and any(by_task.values()):
         _plot(by_task, grid, grid.output / "quality.png", average)
         picture = Path(os.path.relpath(grid.output / "quality.png", folder or grid.output)).as_posix()
         remarks.insert(0, f"![quality over {grid.over}]({picture})")
