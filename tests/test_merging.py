@@ -211,14 +211,14 @@ def test_a_switch_that_fails_keeps_what_was_merged(monkeypatch):
         randomise(vera, name)
     vera.merge("a")
     merged = model.model.layers[0].self_attn.q_proj.weight.clone()
-    write = merging._write_delta
+    delta = merging._delta
 
     def broken(module, member, name):
         if member.name == "b":
             raise MemoryError
-        return write(module, member, name)
+        return delta(module, member, name)
 
-    monkeypatch.setattr(merging, "_write_delta", broken)
+    monkeypatch.setattr(merging, "_delta", broken)
     with pytest.raises(MemoryError):
         vera.switch_merged("b")
     assert vera.merged == "a" and torch.equal(model.model.layers[0].self_attn.q_proj.weight, merged)

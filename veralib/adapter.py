@@ -11,6 +11,9 @@ from .basis import Basis
 from .config import VeraConfig
 from .core import delta_weight
 
+MAGNITUDE = "magnitude"
+"""What DVoRA's module of a layer is called: `<layer>.magnitude`, with the one tensor `weight` (m,)."""
+
 
 def layer_of(unit: str) -> str:
     """The module a unit belongs to: "h.0.attn.c_attn" for the unit "h.0.attn.c_attn:q", or the unit itself."""
@@ -74,6 +77,12 @@ class Adapter:
         tensors = [t for pair in self.vectors.values() for t in pair]
         tensors += list(self.biases.values()) + [t for m in self.modules.values() for t in m.values()]
         return sum(t.numel() * t.element_size() for t in tensors)
+
+    @property
+    def magnitudes(self) -> dict[str, Tensor]:
+        """DVoRA's magnitudes among the modules, layer -> (m,); empty for VeRA."""
+        named = {layer: self.modules.get(f"{layer}.{MAGNITUDE}") for layer in self.base.layers}
+        return {layer: state["weight"] for layer, state in named.items() if state is not None and list(state) == ["weight"]}
 
     def basis_of(self, unit: str) -> Basis:
         """The pair A, B of one unit."""

@@ -159,6 +159,11 @@ def units(model: nn.Module, adapter: Adapter, modules: Mapping[str, nn.Module]) 
 
 def heads(model: nn.Module, adapter: Adapter) -> dict[str, nn.Module]:
     """The modules that the adapter carries in full, found in this model; AdapterMismatch where one is missing or differs."""
+    if adapter.magnitudes:
+        raise AdapterMismatch(
+            "the adapter is DVoRA's: beside d and b it has a magnitude for each layer, and without them it would compute "
+            "something else. vera predict reads it, and vera merge writes it into its base model."
+        )
     found: dict[str, nn.Module] = {}
     for name, state in adapter.modules.items():
         try:

@@ -46,6 +46,42 @@ class MergeReport:
         return min(self.by_layer.items(), key=lambda item: item[1]) if self.by_layer else ("", 1.0)
 
 
+class Tally:
+    """Adds layer by layer to what a MergeReport says."""
+
+    def __init__(self) -> None:
+        self.inner, self.norm, self.rest = (torch.zeros((), dtype=torch.float64) for _ in range(3))
+        self.shares: dict[str, float] = {}
+
+    def write(self, name: str, module: nn.Module, delta: Tensor) -> None:
+        """W0 + ΔW into the module's weight; ΔW (m, n), in float32 or wider."""
+        before = read_weight(module).to(delta.dtype, copy=True)
+        write_weight(module, before + delta)
+        change = read_weight(module).to(delta.dtype) - before
+        # In float32 each is a sum of mn products: float64 would take twice the memory of the weight.
+        along, size = (change * delta).sum(dtype=torch.float64).cpu(), (delta * delta).sum(dtype=torch.float64).cpu()
+        self.shares[name] = float(along / size) if size > 0 else 1.0
+        self.inner, self.norm = self.inner + along, self.norm + size
+        self.rest += change.sub_(delta).square_().sum(dtype=torch.float64).cpu()
+
+    def report(self, name: str, modules: Mapping[str, nn.Module]) -> MergeReport:
+        """The MergeReport of what was written; warns where much was lost."""
+        surviving, error = 1.0, 0.0
+        if self.norm > 0:
+            surviving, error = float(self.inner / self.norm), float((self.rest / self.norm).sqrt())
+        report = MergeReport(name, len(self.shares), surviving, error, self.shares)
+        if surviving < LOW_SHARE or error > LARGE_ERROR:
+            layer, share = report.worst
+            warnings.warn(
+                f'merging "{name}" kept {100 * surviving:.0f} % of ΔW, the rest is rounded away; rounding errors are '
+                f"{100 * error:.0f} % of its size: the weights are {_precision(modules[layer])} (least is left in {layer}: "
+                f"{100 * share:.0f} %). "
+                "The unmerged adapter is exact; or load the base in float32 to merge.",
+                VeraWarning,
+            )
+        return report
+
+
 @dataclass
 class Kept:
     """The old weights while an adapter is merged: layer -> snapshot; on disk, the file's path."""
@@ -84,8 +120,7 @@ def merge(vera: "Vera", member: Member, keep: Keep) -> MergeReport:
     names = list(dict.fromkeys([*member.layout.by_layer, *member.biases]))
     vera.inside.hashes_of(vera.inside.sites)  # of the base weights: load() compares with these while merged
     kept = Kept(keep, {}, {}, {})
-    inner, norm, rest = (torch.zeros((), dtype=torch.float64) for _ in range(3))
-    shares = {}
+    tally = Tally()
     try:
         if keep == "disk":
             _to_disk(kept, vera, member, names)
@@ -96,16 +131,12 @@ def merge(vera: "Vera", member: Member, keep: Keep) -> MergeReport:
                 if name in member.biases:
                     kept.biases[name] = _bias_of(module)
             if name in member.layout.by_layer:
-                along, size, off = _write_delta(module, member, name)
-                inner, norm, rest = inner + along, norm + size, rest + off
-                shares[name] = float(along / size) if size > 0 else 1.0
+                tally.write(name, module, _delta(module, member, name))
             if name in member.biases:
                 _set_bias(module, member.biases[name])
-        for head in member.heads:
-            module = vera.inside.heads[head]
-            if keep != "disk":
-                kept.heads[head] = _state_of(module)
-            _load_plain(module, vera.inside.head_state(head, member))
+        if keep != "disk":
+            kept.heads = {head: _state_of(vera.inside.heads[head]) for head in member.heads}
+        write_heads(vera, member)
     except BaseException:
         if kept.folder:
             _from_disk(kept)
@@ -116,18 +147,7 @@ def merge(vera: "Vera", member: Member, keep: Keep) -> MergeReport:
         kept.weights, kept.biases, kept.heads = {}, {}, {}
     vera.kept = kept
     vera.runtime.merged = member.name
-    surviving, error = (float(inner / norm), float((rest / norm).sqrt())) if norm > 0 else (1.0, 0.0)
-    report = MergeReport(member.name, len(shares), surviving, error, shares)
-    if surviving < LOW_SHARE or error > LARGE_ERROR:
-        layer, share = report.worst
-        warnings.warn(
-            f'merging "{member.name}" kept {100 * surviving:.0f} % of ΔW, the rest is rounded away; rounding errors are '
-            f"{100 * error:.0f} % of its size: the weights are {_precision(vera.inside.sites[layer])} (least is left in {layer}: "
-            f"{100 * share:.0f} %). "
-            "The unmerged adapter is exact; or load the base in float32 to merge.",
-            VeraWarning,
-        )
-    return report
+    return tally.report(member.name, vera.inside.sites)
 
 
 def unmerge(vera: "Vera") -> None:
@@ -164,26 +184,27 @@ def switch(vera: "Vera", member: Member) -> MergeReport:
     return merge(vera, member, keep)
 
 
-def _write_delta(module: nn.Module, member: Member, name: str) -> tuple[Tensor, Tensor, Tensor]:
-    """W0 + ΔW, written; returns ⟨W' − W0, ΔW⟩, ⟨ΔW, ΔW⟩ and ‖W' − W0 − ΔW‖² in float64."""
-    old = read_weight(module)
-    exact = torch.promote_types(old.dtype, torch.float32)
-    before = old.to(exact, copy=True)
-    delta = torch.zeros_like(before, memory_format=torch.contiguous_format)
+def write_heads(vera: "Vera", member: Member) -> None:
+    """The member's own copies of fully trained modules into the base's."""
+    for head in member.heads:
+        _load_plain(vera.inside.heads[head], vera.inside.head_state(head, member))
+
+
+def _delta(module: nn.Module, member: Member, name: str) -> Tensor:
+    """ΔW (m, n) of one layer, all its parts, in float32 or wider."""
+    W = read_weight(module)
+    like = W.new_empty(0, dtype=torch.promote_types(W.dtype, torch.float32))
+    delta = torch.zeros(W.shape, dtype=like.dtype, device=like.device)
     for unit in member.layout.by_layer[name]:
-        d, b = (v.detach().to(before.device, exact) for v in member.vectors(unit.unit))
-        part = delta_weight(unit.A(before), unit.B(before), d * unit.scale, b)
+        d, b = (v.detach().to(like) for v in member.vectors(unit.unit))
+        part = delta_weight(unit.A(like), unit.B(like), d * unit.scale, b)
         if unit.rows is None:
             delta += part
         elif isinstance(unit.rows, slice):
             delta[unit.rows] += part
         else:
             delta.index_add_(0, unit.rows.to(delta.device), part)
-    write_weight(module, before + delta)
-    change = read_weight(module).to(exact) - before
-    # In float32 each is a sum of mn products: float64 would take twice the memory of the weight.
-    along, size = (change * delta).sum(dtype=torch.float64), (delta * delta).sum(dtype=torch.float64)
-    return along.cpu(), size.cpu(), change.sub_(delta).square_().sum(dtype=torch.float64).cpu()
+    return delta
 
 
 def _set_bias(module: nn.Module, bias: Tensor) -> None:

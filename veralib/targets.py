@@ -120,6 +120,11 @@ def default_targets(model: nn.Module) -> tuple[str, ...]:
     return tuple(found)
 
 
+def whole_targets(model: nn.Module) -> tuple[str, ...]:
+    """default_targets for a method that adapts whole linears: a fused one that holds query and value stands for its parts."""
+    return tuple(dict.fromkeys(name.partition(":")[0] for name in default_targets(model)))
+
+
 class _View:
     """The linears of a model by name, and what find_targets asks about them."""
 

@@ -6,14 +6,18 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel
 
+import veralib
 from tests.conftest import tiny_bert, tiny_gpt2, tokens
 from veralib.baselines import METHODS, find_method
 from veralib.baselines.dvora import Magnitude
-from veralib.baselines.dylora import DyLora, fold
-from veralib.baselines.hooked import CHILD, detach_behind
-from veralib.baselines.lora_xs import LoraXs
-from veralib.baselines.lora_xs import fold as fold_xs
-from veralib.errors import ConfigError, UnknownName
+from veralib.baselines.dylora import DyLora
+from veralib.baselines.hooked import CHILD
+from veralib.errors import AdapterMismatch, ConfigError, UnknownName, VeraWarning
+from veralib.format import load_adapter
+from veralib.interop.lora import to_lora
+from veralib.interop.peft import write_peft
+from veralib.serving.vllm.settings import Settings as VllmSettings
+from veralib.serving.vllm.settings import check_servable
 from veralib.training import Settings
 
 RIVALS = ("peft:vblora", "peft:randlora", "peft:fourierft", "peft:unilora", "peft:pvera", "peft:tinylora")
@@ -90,19 +94,34 @@ def test_the_contract(method, tmp_path):
     torch.testing.assert_close(output(again.model), after, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["lora", "lora_fa", "adalora", "lora_xs", "dylora"])
+MERGED = [m for m in METHODS if not m.startswith("adapter_")]
+
+
+@pytest.mark.parametrize("method", [*MERGED, "peft:randlora"])
 def test_merged_is_unmerged(method):
-    made = attached(method, tiny_bert())
+    base = tiny_bert()
+    plain = set(base.state_dict())
+    made = attached(method, base)
     train(made)
     expected = output(made.model)
-    if hasattr(made.model, "merge_and_unload"):
-        plain = made.model.merge_and_unload()
-    else:
-        plain = made.model
-        names = [n.removesuffix(f".{CHILD}") for n, m in plain.named_modules() if isinstance(m, (LoraXs, DyLora))]
-        detach_behind(plain, names, fold_xs if method == "lora_xs" else fold)
-        assert not any(CHILD in n for n, _ in plain.named_parameters())
-    torch.testing.assert_close(output(plain), expected, rtol=0, atol=1e-5)
+    report = made.merge()
+    assert set(base.state_dict()) == plain
+    torch.testing.assert_close(output(base), expected, rtol=0, atol=1e-5)
+    if method in ("vera", "dvora", "lora_xs", "dylora"):
+        assert report.layers == 4 and report.surviving == pytest.approx(1, abs=1e-4)
+
+
+def test_bottlenecks_cant_be_merged():
+    for method in METHODS.keys() - set(MERGED):
+        assert attached(method, tiny_bert()).merge is None
+
+
+def test_the_merge_of_a_hooked_method_says_what_bf16_lost():
+    made = attached("dylora", tiny_bert().bfloat16())
+    for part in (m for m in made.model.modules() if isinstance(m, DyLora)):
+        torch.nn.init.normal_(part.B, std=1e-5)
+    with pytest.warns(VeraWarning, match="rounded away"):
+        assert made.merge().surviving < 0.9
 
 
 def test_dvora_is_doras_formula():
@@ -125,6 +144,22 @@ def test_dvora_is_doras_formula():
         assert not torch.allclose(part.magnitude, W.norm(dim=1))
         checked += 1
     assert checked == 4
+
+
+def test_dvoras_file_is_whole_and_no_reader_of_vera_takes_it_for_vera(tmp_path):
+    made = attached("dvora", tiny_bert())
+    train(made)
+    (file,) = made.save(tmp_path, {})
+    adapter = load_adapter(file)
+    assert len(adapter.magnitudes) == 4 and all(m.shape == (32,) for m in adapter.magnitudes.values())
+    assert set(adapter.modules) == {"classifier", *(f"{layer}.magnitude" for layer in adapter.base.layers)}
+    with pytest.raises(AdapterMismatch, match="DVoRA"):
+        veralib.attach(tiny_bert()).load(file)
+    for to in (write_peft, to_lora):
+        with pytest.raises(AdapterMismatch, match="no place for its magnitudes"):
+            to(adapter, tmp_path / "folder")
+    with pytest.raises(AdapterMismatch, match="fully trained"):
+        check_servable(adapter, "a", VllmSettings(store="s"))
 
 
 def test_dylora_trains_prefixes_and_serves_any_rank():

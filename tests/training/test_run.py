@@ -18,9 +18,8 @@ from veralib.training import Settings, load_result, train
 from .tiny import sentences, write_jsonl
 
 FILES = {
-    **dict.fromkeys(("vera", "lora", "lora_fa", "adalora"), ("adapter_model.safetensors",)),
+    **dict.fromkeys(("vera", "dvora", "lora", "lora_fa", "adalora"), ("adapter_model.safetensors",)),
     **dict.fromkeys(("adapter_h", "adapter_p", "adapter_l", "adapter_d"), ("adapters.safetensors",)),
-    "dvora": ("adapter_model.safetensors", "magnitudes.safetensors"),
     "lora_xs": ("lora_xs.safetensors",),
     "dylora": ("dylora.safetensors",),
     "bitfit": ("biases.safetensors",),

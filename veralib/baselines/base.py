@@ -3,9 +3,12 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from ..merging import MergeReport
 
 Notes = Mapping[str, str]
 
@@ -27,6 +30,9 @@ class Attached:
     """Writes the result into a folder, with free text beside it where the format has room; the files it wrote."""
     load: Callable[[Path], None]
     """Reads what save wrote back into the model."""
+    merge: "Callable[[], MergeReport | None] | None" = None
+    """Writes the result into the weights of the model that was attached, which is a plain one again; how much of the change
+    their precision kept, None where the method trained the weights themselves. None: the method can't be merged."""
     begin: Callable[[int], object] | None = None
     """Called with the number of steps before the first."""
     before_step: Callable[[int], object] | None = None

@@ -27,4 +27,7 @@ def attach_bitfit(model: nn.Module, settings: "Settings", head: tuple[str, ...])
     def save(folder: Path, notes: Notes) -> list[Path]:
         return save_tensors(model, lambda key: key in named or key.startswith(inside), folder / FILE, notes)
 
-    return Attached(model, tuple(named.values()), rest, save, lambda folder: load_tensors(model, folder / FILE))
+    def load(folder: Path) -> None:
+        load_tensors(model, folder / FILE)
+
+    return Attached(model, tuple(named.values()), rest, save, load, merge=lambda: None)

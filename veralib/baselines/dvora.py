@@ -2,6 +2,9 @@
 
 mag (m,) starts at the norms of W0's rows, so that the output is unchanged, and trains beside d and b; the norm is a constant for
 the gradient, as in DoRA. ΔW is formed once a layer and forward, for its norms.
+
+The file is VeRA's, with mag as a module trained in full: `module.<layer>.magnitude.weight`. A base model has no such module, so
+whoever knows VeRA alone refuses the file.
 """
 
 from dataclasses import replace
@@ -11,18 +14,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..adapter import MAGNITUDE
 from ..core import delta_weight
-from ..errors import ConfigError
+from ..errors import AdapterFileError, ConfigError
 from ..linears import read_weight
-from .base import Attached, Notes, load_tensors, save_tensors
-from .hooked import CHILD, _after
-from .vera import vera_config
+from .base import Attached, Notes
+from .hooked import fold_behind, put_behind
+from .vera import FILE, vera_config
 
 if TYPE_CHECKING:
     from ..training.settings import Settings
-
-FILE = "adapter_model.safetensors"
-MAGNITUDES = "magnitudes.safetensors"
 
 
 class Magnitude(nn.Module):
@@ -34,50 +35,75 @@ class Magnitude(nn.Module):
         self.vera, self.unit = [vera], unit  # in a list: not a child
 
     @torch.no_grad()
-    def norms(self, module: nn.Module) -> Tensor:
-        """‖W0 + ΔW‖ of each row, (m,)."""
+    def delta(self, module: nn.Module) -> Tensor:
+        """ΔW, (m, n), in float32."""
         member = self.vera[0].member(None)
         spec = next(u for u in member.layout.units if u.unit == self.unit)
         d, b = member.vectors(self.unit)
         W = read_weight(module).float()
-        return (W + delta_weight(spec.A(W), spec.B(W), d * spec.scale, b)).norm(dim=1)
+        return delta_weight(spec.A(W), spec.B(W), d * spec.scale, b)
+
+    def factor(self, module: nn.Module) -> Tensor:
+        """mag / ‖W0 + ΔW‖ of each row, (m,)."""
+        with torch.no_grad():
+            norms = (read_weight(module).float() + self.delta(module)).norm(dim=1)
+        return self.magnitude / norms
+
+    @torch.no_grad()
+    def change(self, module: nn.Module) -> Tensor:
+        """What merging adds to W0, (m, n): the scaled W0 + ΔW without W0."""
+        W = read_weight(module).float()
+        return self.factor(module)[:, None] * (W + self.delta(module)) - W
 
     def forward(self, x: Tensor, output: Tensor, module: nn.Module) -> Tensor:
-        factor = (self.magnitude / self.norms(module)).to(output.dtype)
+        factor = self.factor(module).to(output.dtype)
         bias: Any = module.bias
         return output * factor if bias is None else (output - bias) * factor + bias
 
 
 def attach_dvora(model: nn.Module, settings: "Settings", head: tuple[str, ...]) -> Attached:
-    """The model with VeRA and a magnitude on its targets; saved as a veralib file and the magnitudes beside it."""
+    """The model with VeRA and a magnitude on its targets; saved as one veralib file."""
     from ..attaching import attach
-    from ..format import save_adapter
+    from ..format import load_adapter, save_adapter
+    from ..merging import MergeReport, write_heads
+    from ..targets import whole_targets
 
-    vera = attach(model, vera_config(settings, head))
+    config = vera_config(settings, head)
+    vera = attach(model, config if config.targets is not None else replace(config, targets=whole_targets(model)))
     layout = vera.member(None).layout
     if fused := next((u for u in layout.units if u.rows is not None), None):
         raise ConfigError(f'DVoRA adapts whole linears, and "{fused.unit}" is a part of one: name it whole in targets.')
-    magnitudes = []
-    for unit in layout.units:
-        module = model.get_submodule(unit.layer)
-        part = Magnitude(module, vera, unit.unit)
-        module.add_module(CHILD, part)
-        module.register_forward_hook(_after)
-        magnitudes.append(part.magnitude)
+    parts = {u.layer: Magnitude(model.get_submodule(u.layer), vera, u.unit) for u in layout.units}
+    put_behind(model, parts)
     vectors, *heads = vera.parameter_groups(lr=settings.resolved_lr, lr_head=settings.resolved_lr_head)
-    inside = tuple(f"{unit.layer}.{CHILD}." for unit in layout.units)
 
     def save(folder: Path, notes: Notes) -> list[Path]:
         adapter = vera.adapter("default")
-        save_adapter(replace(adapter, notes={**adapter.notes, **notes}), folder / FILE)
-        state = {k: p for k, p in model.named_parameters() if k.startswith(inside)}
-        return [folder / FILE, *save_tensors(model, state.__contains__, folder / MAGNITUDES, notes)]
+        own = {f"{layer}.{MAGNITUDE}": {"weight": part.magnitude.detach().cpu().clone()} for layer, part in parts.items()}
+        notes = {**adapter.notes, **notes}
+        save_adapter(replace(adapter, notes=notes, modules={**adapter.modules, **own}), folder / FILE)
+        return [folder / FILE]
 
-    def load(folder: Path) -> None:
+    def load(path: Path) -> None:
+        adapter = load_adapter(path)
+        found = adapter.magnitudes
+        if found.keys() != parts.keys():
+            raise AdapterFileError(
+                f"{path} has magnitudes of {len(found)} layers, and DVoRA with these settings has {len(parts)}: load it with the "
+                "rank and targets that it was trained with."
+            )
+        rest = {name: state for name, state in adapter.modules.items() if name.removesuffix(f".{MAGNITUDE}") not in found}
         vera.remove("default")
-        vera.load(folder / FILE, name="default")
+        vera.load(replace(adapter, modules=rest), name="default")
         vera.use("default")
-        load_tensors(model, folder / MAGNITUDES)
+        for layer, part in parts.items():
+            part.magnitude.data.copy_(found[layer])
+
+    def merge() -> MergeReport:
+        report = fold_behind(model, parts)
+        write_heads(vera, vera.member("default"))
+        vera.detach()
+        return report
 
     rest = tuple(p for group in heads for p in group["params"])
-    return Attached(model, (*vectors["params"], *magnitudes), rest, save, load)
+    return Attached(model, (*vectors["params"], *(p.magnitude for p in parts.values())), rest, save, load, merge)

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, unknown_text
-from ..linears import read_weight, shape, write_weight
-from ..targets import find_targets
+from ..linears import shape
+from ..targets import find_targets, whole_targets
 from .base import Attached
-from .hooked import CHILD, attach_behind
+from .hooked import attach_behind, fold_behind
 
 if TYPE_CHECKING:
     from ..training.settings import Settings
@@ -35,9 +35,10 @@ class DyLora(nn.Module):
     def rank(self) -> int:
         return self.drawn if self.training else self.use
 
-    def delta(self, rank: int) -> Tensor:
-        """ΔW of the first `rank`, (m, n)."""
-        return self.B[:, :rank] @ self.A[:rank] * (self.alpha / rank)
+    @torch.no_grad()
+    def change(self, module: nn.Module) -> Tensor:
+        """ΔW of the rank that evaluation uses, (m, n)."""
+        return self.B[:, : self.use] @ self.A[: self.use] * (self.alpha / self.use)
 
     def forward(self, x: Tensor, output: Tensor, module: nn.Module) -> Tensor:
         b = self.rank
@@ -46,10 +47,14 @@ class DyLora(nn.Module):
 
 
 def linears(model: nn.Module, settings: "Settings", head: tuple[str, ...], what: str) -> dict[str, nn.Module]:
-    """{name: linear} that a LoRA-like method adapts: settings.targets, else query and value. No parts of fused linears."""
+    """{name: linear} that a LoRA-like method adapts: settings.targets, else query and value, or the fused linear that holds both.
+
+    ConfigError for a part of a fused linear.
+    """
     from ..config import VeraConfig
 
-    targets = find_targets(model, VeraConfig(rank=1, targets=settings.targets, train_modules=head))
+    names = settings.targets if settings.targets is not None else whole_targets(model)
+    targets = find_targets(model, VeraConfig(rank=1, targets=names, train_modules=head))
     if fused := next((t for t in targets if t.rows is not None), None):
         raise ConfigError(f'{what} adapts whole linears, and "{fused.unit}" is a part of one: name it whole in targets.')
     return {t.layer: t.module for t in targets}
@@ -82,12 +87,4 @@ def attach_dylora(model: nn.Module, settings: "Settings", head: tuple[str, ...])
             part.drawn = drawn
 
     on_step(0)
-    return attach_behind(model, parts, head, FILE, before_step=on_step)
-
-
-@torch.no_grad()
-def fold(module: nn.Module) -> None:
-    """W0 + ΔW into the module's weight."""
-    part: DyLora = getattr(module, CHILD)
-    W = read_weight(module)
-    write_weight(module, W + part.delta(part.use).to(W.dtype))
+    return attach_behind(model, parts, head, FILE, before_step=on_step, merge=lambda: fold_behind(model, parts))

@@ -33,4 +33,4 @@ def attach_full(model: Any, settings: "Settings", head: tuple[str, ...]) -> Atta
         for file in sorted(folder.glob("model*.safetensors")):
             model.load_state_dict(load_file(file), strict=False)
 
-    return Attached(model, tuple(adapter), tuple(rest), save, load)
+    return Attached(model, tuple(adapter), tuple(rest), save, load, merge=lambda: None)

@@ -18,4 +18,7 @@ def attach_head(model: nn.Module, settings: "Settings", head: tuple[str, ...]) -
         inside = tuple(h + "." for h in head)
         return save_tensors(model, lambda key: key.startswith(inside), folder / "head.safetensors", notes)
 
-    return Attached(model, (), freeze(model, head), save, lambda folder: load_tensors(model, folder / "head.safetensors"))
+    def load(folder: Path) -> None:
+        load_tensors(model, folder / "head.safetensors")
+
+    return Attached(model, (), freeze(model, head), save, load, merge=lambda: None)

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..linears import read_weight, shape, write_weight
+from ..linears import read_weight, shape
 from .base import Attached
 from .dylora import check, linears
-from .hooked import CHILD, attach_behind
+from .hooked import attach_behind, fold_behind
 
 if TYPE_CHECKING:
     from ..training.settings import Settings
@@ -34,7 +34,8 @@ class LoraXs(nn.Module):
         self.R = nn.Parameter(torch.randn(r, r, device=W.device) * START)
         self.scale = scale
 
-    def delta(self) -> Tensor:
+    @torch.no_grad()
+    def change(self, module: nn.Module) -> Tensor:
         """ΔW, (m, n)."""
         return self.B @ self.R @ self.A * self.scale
 
@@ -55,11 +56,4 @@ def attach_lora_xs(model: nn.Module, settings: "Settings", head: tuple[str, ...]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         parts = {name: LoraXs(module, rank, options["scale"]) for name, module in found.items()}
-    return attach_behind(model, parts, head, FILE)
-
-
-@torch.no_grad()
-def fold(module: nn.Module) -> None:
-    """W0 + ΔW into the module's weight."""
-    W = read_weight(module)
-    write_weight(module, W + getattr(module, CHILD).delta().to(W.dtype))
+    return attach_behind(model, parts, head, FILE, merge=lambda: fold_behind(model, parts))

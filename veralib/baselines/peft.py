@@ -125,7 +125,13 @@ def _attach(
             wrapped.peft_config["default"].rank_pattern = json.loads(text)["rank_pattern"]
         set_peft_model_state_dict(wrapped, load_file(folder / "adapter_model.safetensors"))
 
-    return Attached(wrapped, adapter, rest, save, load)
+    def merge() -> None:
+        try:
+            wrapped.merge_and_unload()
+        except (NotImplementedError, AttributeError, ValueError) as e:
+            raise ConfigError(f"PEFT can't merge {kind}: {e}") from e
+
+    return Attached(wrapped, adapter, rest, save, load, merge if hasattr(wrapped.base_model, "merge_and_unload") else None)
 
 
 def _default_targets(model: nn.Module) -> list[str] | None:

@@ -28,6 +28,7 @@ def attach_vera(model: nn.Module, settings: "Settings", head: tuple[str, ...]) -
     """The model with a fresh VeRA adapter; saved as one veralib file."""
     from ..attaching import attach
     from ..format import save_adapter
+    from ..merging import MergeReport
 
     vera = attach(model, vera_config(settings, head))
     vectors, *heads = vera.parameter_groups(lr=settings.resolved_lr, lr_head=settings.resolved_lr_head)
@@ -42,5 +43,10 @@ def attach_vera(model: nn.Module, settings: "Settings", head: tuple[str, ...]) -
         vera.load(folder / FILE, name="default")
         vera.use("default")
 
+    def merge() -> MergeReport:
+        report = vera.merge("default", keep=None)
+        vera.detach()
+        return report
+
     rest = tuple(p for group in heads for p in group["params"])
-    return Attached(model, tuple(vectors["params"]), rest, save, load)
+    return Attached(model, tuple(vectors["params"]), rest, save, load, merge)

@@ -19,7 +19,8 @@ def merge(
 ) -> None:
     """Write an adapter into its base model's weights: a plain model that transformers loads without veralib.
 
-    Says which share of the change survived the weights' precision.
+    Runs of all methods but the bottleneck adapters, which no weight can stand for. Says which share of the change survived the
+    weights' precision.
 
     Example:
 
@@ -28,8 +29,9 @@ def merge(
     import torch
 
     from .. import attach
+    from ..merging import MergeReport
     from ..training.loading import load_base, quiet_transformers
-    from ..training.predict import find_source, read_adapter
+    from ..training.predict import find_source, read_adapter, restore
     from ..training.tokens import chat_template
 
     folder = Path(output)
@@ -37,21 +39,31 @@ def merge(
         raise ConfigError(f"{folder} exists and isn't empty: name another output folder")
     names = [part.strip() for part in labels.split(",")] if labels else None
     source = find_source(adapter, {"model": model, "dtype": dtype, "task": task, "labels": names})
-    if source.settings.method != "vera":
-        raise ConfigError(f"{adapter} was trained with {source.settings.method}; vera merge merges VeRA adapters")
     torch.manual_seed(0)
     base = load_base(source.settings, source.labels)
     if base.tokenizer is not None and source.settings.chat_template:
         chat_template(source.settings, base.tokenizer)  # saved with the tokenizer: the merged model is prompted as it was trained
-    vera = attach(base.model)
-    vera.load(read_adapter(source.path), name="adapter")
-    report = vera.merge("adapter", keep=None)
+    if source.settings.method == "vera":
+        vera = attach(base.model)
+        vera.load(read_adapter(source.path), name="adapter")
+        report: MergeReport | None = vera.merge("adapter", keep=None)
+    else:
+        attached = restore(source, base)
+        if attached.merge is None:
+            raise ConfigError(
+                f"{adapter} was trained with {source.settings.method}, which adds modules of its own: no weight of the base "
+                "model can stand for them, so it can't be merged. vera predict runs it as it is."
+            )
+        report = attached.merge()
     try:
         with quiet_transformers():
             base.model.save_pretrained(folder)
             (base.tokenizer or base.processor).save_pretrained(folder)
     except OSError as e:
         raise ConfigError(f"can't write {folder}: {e.strerror or e}") from e
+    if report is None:
+        print(f"{source.settings.method}, in the weights themselves, written to {folder}")
+        return
     layer, share = report.worst
     print(f"merged {report.layers} layers into {folder}; {report.surviving:.2%} of the change survived ({share:.2%} in {layer})")
 

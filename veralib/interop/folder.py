@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..adapter import Adapter
-from ..errors import AdapterFileError
+from ..errors import AdapterFileError, AdapterMismatch
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -94,6 +94,11 @@ def write_folder(folder: str | Path, adapter: Adapter, config: dict[str, Any], t
     """
     from safetensors.torch import save_file
 
+    if adapter.magnitudes:
+        raise AdapterMismatch(
+            "the adapter is DVoRA's, and a folder of PEFT's VeRA or LoRA has no place for its magnitudes: merge it instead "
+            "(vera merge)."
+        )
     for layer, bias in adapter.biases.items():
         tensors[f"{PREFIX}{layer}.base_layer.bias"] = bias
     for name, state in adapter.modules.items():

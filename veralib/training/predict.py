@@ -1,5 +1,6 @@
 """predict: what a finished run, or an adapter file, says of new rows; each row may name an adapter of its own."""
 
+import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from .decoding import Decoding, write
 from .settings import WITH_HEAD, Settings
 
 if TYPE_CHECKING:
+    from ..baselines import Attached
+    from ..config import VeraConfig
     from .loading import Base
 
 
@@ -112,7 +115,7 @@ def find_source(adapter: str | Path, changes: Mapping[str, Any] | None = None) -
         return Source(folder, settings, tuple(labels or result.labels), settings.task in WITH_HEAD)
     loaded = read_adapter(adapter)
     notes = loaded.notes
-    head = any(state for state in loaded.modules.values())
+    head = len(loaded.modules) > len(loaded.magnitudes)
     fields: dict[str, Any] = {
         "model": loaded.base.id,
         "data": ("none",),
@@ -120,6 +123,7 @@ def find_source(adapter: str | Path, changes: Mapping[str, Any] | None = None) -
         **({"text": json.loads(notes["text"])} if "text" in notes else {}),
         **({"max_length": int(notes["max_length"])} if "max_length" in notes else {}),
         **({"chat_template": notes["chat_template"]} if "chat_template" in notes else {}),
+        **(_method_fields(loaded.config) if loaded.magnitudes else {}),
         **changes,
     }
     if not fields["model"]:
@@ -133,16 +137,28 @@ def find_source(adapter: str | Path, changes: Mapping[str, Any] | None = None) -
     return Source(adapter, Settings(**fields), labels, head)
 
 
+def _method_fields(config: "VeraConfig") -> dict[str, Any]:
+    """The settings that DVoRA is attached with as its file says, the heads aside."""
+    given = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    rank, seed, targets, _ = (given.pop(name) for name in ("rank", "seed", "targets", "train_modules"))
+    return {"method": "dvora", "rank": rank, "basis_seed": seed, "targets": targets, "options": given}
+
+
+def _local(source: str | Path) -> Path:
+    """The path that a name means, fetched where it is a hub id."""
+    from ..interop import hub
+
+    path = Path(source)
+    return Path(hub.download(str(source))) if hub.is_hub_id(str(source)) and not path.exists() else path
+
+
 def read_adapter(source: str | Path) -> Any:
     """The Adapter of a veralib file or folder, a folder that PEFT saved, a run's folder, or a hub id."""
     from ..format import load_adapter
-    from ..interop import hub
     from ..interop.folder import is_peft_folder
     from ..interop.peft import read_peft
 
-    path = Path(source)
-    if hub.is_hub_id(str(source)) and not path.exists():
-        path = hub.download(str(source))
+    path = _local(source)
     return read_peft(path) if is_peft_folder(path) else load_adapter(path)
 
 
@@ -160,7 +176,6 @@ def load_source(
 
     import torch
 
-    from ..baselines import find_method
     from .loading import load_base
     from .tokens import chat_template
 
@@ -169,15 +184,10 @@ def load_source(
     if torch.cuda.is_available() and not source.settings.quantise:
         base.model.to("cuda")
     chat_template(source.settings, base.tokenizer, rows)
-    path = Path(source.path)
-    if source.settings.method != "vera" and (path / "result.json").is_file():
+    if source.settings.method != "vera":
         if names is not None:
-            raise ConfigError(
-                f"an adapter for each row needs VeRA adapters, and {path} was trained with {source.settings.method}"
-            )
-        attached = find_method(source.settings.method)(base.model, source.settings, base.head)
-        attached.load(path)
-        return attached.model, base, lambda positions: contextlib.nullcontext()
+            raise ConfigError(_one_method(source))
+        return restore(source, base).model, base, lambda positions: contextlib.nullcontext()
 
     from ..attaching import attach
 
@@ -194,8 +204,23 @@ def load_source(
                 f'the rows\' adapters must share one task and its labels; "{name}" has {other.settings.task} '
                 f"{list(other.labels)}, the first one {source.settings.task} {list(source.labels)}. Predict them one by one."
             )
+        if other.settings.method != "vera":
+            raise ConfigError(_one_method(other))
         vera.load(read_adapter(other.path), name=name)
     return base.model, base, lambda positions: vera.rows([given[i] for i in positions])
+
+
+def restore(source: Source, base: "Base") -> "Attached":
+    """The base model with what another method than VeRA has trained in it."""
+    from ..baselines import find_method
+
+    attached = find_method(source.settings.method)(base.model, source.settings, base.head)
+    attached.load(_local(source.path))
+    return attached
+
+
+def _one_method(source: Source) -> str:
+    return f"an adapter for each row needs VeRA adapters, and {source.path} was trained with {source.settings.method}"
 
 
 def _resolve(name: str, folder: Path) -> str:
