@@ -1,7 +1,9 @@
 """Tables of quality: the rate is chosen on held-out rows, differences are paired, cells come from result files."""
 
+import itertools
 import json
 import math
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -11,10 +13,13 @@ from tests.conftest import tiny_bert, tiny_gpt2
 from veralib.baselines import METHODS, find_method
 from veralib.commands.reproduce import _whole
 from veralib.commands.train import resolve
+from veralib.evaluation import read_items
 from veralib.paper import cells, fig4, grid, weights
 from veralib.paper.compare import chosen, interval, paired, verdict
 from veralib.paper.published import TABLES, TASKS
 from veralib.recipes import settings_of
+from veralib.training import e2e
+from veralib.training.data import load_data
 from veralib.training.sweep import read_grid
 from veralib.training.sweep import settings_of as grid_settings
 
@@ -114,6 +119,25 @@ def test_a_score_of_another_metric_stands_beside_and_fills_nothing(tmp_path):
     assert "46.6 · – [METEOR (exact+stem): 41.25]" in text and "doesn't compare with the printed one" in text
     again = found["METEOR"]["command"]  # the run is there: only its texts are scored again
     assert again.startswith("vera evaluate results/runs/e2e-medium/vera-seed0 ") and "vera train" not in again
+
+
+def test_table_3_trains_and_evaluates_on_the_same_prompts(tmp_path, monkeypatch):
+    monkeypatch.delenv("VERALIB_DATA", raising=False)
+    monkeypatch.chdir(tmp_path)
+    with zipfile.ZipFile("e2e-dataset.zip", "w") as archive:
+        for name in e2e.FILES.values():
+            archive.writestr(name, 'mr,ref\n"name[The Vaults], eatType[pub]",The Vaults is a pub.\n')
+    commands = {c["command"] for c in cells.table("table3", tmp_path)["cells"]}
+    for line in commands:
+        halves = [half.split() for half in line.split(" && ")]
+        train, score = ({w: v for w, v in itertools.pairwise(words) if w.startswith("--")} for words in halves)
+        settings, _ = resolve(halves[0][2], [], None, {"data": train["--data"], "method": train["--method"]})
+        trained = load_data(settings)
+        tested, _ = read_items(score["--data"], columns=settings.text_columns)
+        column, _ = settings.text_columns
+        assert {row[column] for row in trained.train} == {item.prompt for item in tested} == {"name : The Vaults | Type : pub||"}
+        assert halves[1][2] == train["--output"]
+    assert len(commands) == len(TABLES["table3"].rows)
 
 
 def test_each_table_is_written_and_names_its_missing_cells(tmp_path):

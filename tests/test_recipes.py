@@ -5,6 +5,7 @@ import json
 import pytest
 
 from tests.training.tiny import make_bert
+from veralib.baselines import METHODS
 from veralib.commands.train import resolve
 from veralib.errors import ConfigError, DataError, UnknownName
 from veralib.recipes import RECIPES, find_recipe, remarks, settings_of
@@ -72,6 +73,47 @@ def test_the_published_values_are_in_the_settings(name, method, printed, monkeyp
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     settings = settings_of(name, method)
     assert {k: getattr(settings, k) for k in printed} == printed
+
+
+BODIES = {
+    "glue-rte-base": {"model_type": "roberta", "vocab_size": 50265, "max_position_embeddings": 514},
+    "glue-rte-large": {
+        **{"model_type": "roberta", "vocab_size": 50265, "max_position_embeddings": 514, "hidden_size": 1024},
+        **{"num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
+    },
+    "e2e-medium": {"model_type": "gpt2", "n_embd": 1024, "n_layer": 24, "n_head": 16},
+    "e2e-large": {"model_type": "gpt2", "n_embd": 1280, "n_layer": 36, "n_head": 20},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", BODIES)
+def test_every_method_can_be_attached_to_the_models_of_the_tables(name, method, tmp_path):
+    if method == "head" and name.startswith("e2e"):
+        pytest.skip("a language model has no head")
+    (tmp_path / "config.json").write_text(json.dumps(BODIES[name]))
+    settings = settings_of(name, method, model=tmp_path, **({"rank": 4} if method in ("dylora", "adalora") else {}))
+    found = plan(settings)
+    exact = {  # docs/PAPER.md; DyLoRA: Table 3's 0.39M; LoRA-FA: B alone of LoRA's row
+        **{("glue-rte-base", "vera"): 43_008, ("glue-rte-base", "dvora"): 43_008 + 24 * 768, ("glue-rte-base", "lora"): 294_912},
+        **{("glue-rte-large", "lora_fa"): 48 * 8 * 1024, ("glue-rte-base", "bitfit"): 102_144},
+        **{("e2e-medium", "vera"): 98_304, ("e2e-large", "vera"): 165_888, ("e2e-medium", "dylora"): 393_216},
+        **{("e2e-medium", "full"): 354_823_168, ("e2e-large", "lora"): 737_280},
+    }
+    assert found.adapter_parameters == exact.get((name, method), found.adapter_parameters)
+    assert found.adapter_parameters > 0 or method == "head"
+
+
+def test_a_method_without_a_row_has_the_tasks_epochs_and_says_whose_row_it_takes(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for method in METHODS.keys() - {"lora", "lora_fa"}:
+        assert settings_of("glue-rte-base", method).epochs == 160, method
+    fa, lora = (settings_of("glue-mrpc-large", m).given() for m in ("lora_fa", "lora"))
+    assert {k for k in fa if fa[k] != lora[k]} == {"method", "output"} and fa["epochs"] == 20
+    assert any("takes that of lora, which is our choice" in note for note in remarks("glue-mrpc-large", "lora_fa"))
+    assert settings_of("glue-rte-large", "dvora").lr == 2e-2 and settings_of("glue-rte-large", "dvora").rank == 256
+    assert any("our own rates" in note for note in remarks("glue-rte-base", "bitfit"))
+    assert not any("our choice" in note or "our own" in note for note in remarks("glue-rte-base", "vera"))
 
 
 def test_the_large_models_four_gpus_become_accumulation(monkeypatch):

@@ -19,7 +19,7 @@ from ..core import delta_weight
 from ..errors import AdapterFileError, ConfigError
 from ..linears import read_weight
 from .base import Attached, Notes
-from .hooked import fold_behind, put_behind
+from .hooked import fold_behind, put_behind, start_weight
 from .vera import FILE, vera_config
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class Magnitude(nn.Module):
 
     def __init__(self, module: nn.Module, vera: Any, unit: str) -> None:
         super().__init__()
-        self.magnitude = nn.Parameter(read_weight(module).float().norm(dim=1))
+        self.magnitude = nn.Parameter(start_weight(module).norm(dim=1))
         self.vera, self.unit = [vera], unit  # in a list: not a child
 
     @torch.no_grad()

@@ -8,8 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
+from ..linears import read_weight, shape
 from .base import Attached, Notes, freeze, load_tensors, save_tensors
 
 if TYPE_CHECKING:
@@ -20,6 +22,12 @@ CHILD = "method"
 
 def _after(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
     return getattr(module, CHILD)(args[0], output, module)
+
+
+def start_weight(module: nn.Module) -> Tensor:
+    """W0 (m, n) in float32, to start a part from; of a plan on the meta device its shape alone."""
+    weight: Any = module.weight
+    return torch.empty(shape(module), device="meta") if weight.is_meta else read_weight(module).float()
 
 
 def put_behind(model: nn.Module, parts: Mapping[str, nn.Module]) -> None:

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..linears import read_weight, shape
+from ..linears import shape
 from .base import Attached
 from .dylora import check, linears
-from .hooked import attach_behind, fold_behind
+from .hooked import attach_behind, fold_behind, start_weight
 
 if TYPE_CHECKING:
     from ..training.settings import Settings
@@ -27,7 +27,7 @@ class LoraXs(nn.Module):
 
     def __init__(self, module: nn.Module, r: int, scale: float) -> None:
         super().__init__()
-        W = read_weight(module).float()
+        W = start_weight(module)
         U, S, V = torch.linalg.svd(W, full_matrices=False)
         self.register_buffer("A", V[:r].contiguous())
         self.register_buffer("B", U[:, :r] * S[:r])

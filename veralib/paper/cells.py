@@ -14,6 +14,8 @@ JUDGE = "gpt-4-0613"
 RUNS = Path("results/runs")
 """Where `vera reproduce` looks for the runs of published recipes: RECIPE/METHOD-seedN/result.json."""
 
+E2E_DATA = "e2e-dataset.zip"
+
 
 def slug(row: Row) -> str:
     """A row's name in a path: the method and its flags."""
@@ -26,11 +28,13 @@ def command(table: Printed, row: Row, recipe: str, seed: int = 0, trained: bool 
     flags = f"{row.flags} " if row.flags else ""
     protocol = table.protocol if recipe.startswith("glue") else ""
     place = RUNS / recipe / f"{slug(row)}-seed{seed}"
-    steps = [f"vera train {recipe} --method {row.method} {protocol}{flags}--seed {seed} --output {place}"]
+    texts = recipe.startswith("e2e")
+    data = f" --data {E2E_DATA}" if texts else ""  # the release for both halves: its prompts aren't those of the hub's rows
+    steps = [f"vera train {recipe} --method {row.method} {protocol}{flags}--seed {seed} --output {place}{data}"]
     if trained or row.method is None:
         steps = []
-    if recipe.startswith("e2e"):
-        steps.append(f"vera evaluate {place} --data e2e-dataset.zip --output {place}/scores.json")
+    if texts:
+        steps.append(f"vera evaluate {place} --data {E2E_DATA} --output {place}/scores.json")
     if table.questions:
         steps += _judged(table.questions, row, recipe, place)
     return " && ".join(steps)

@@ -112,7 +112,7 @@ TABLE_3 = Printed(
         _e2e("medium", "Adpt^L", "0.37M", "66.3 8.41 45.0 69.8 2.40", "adapter_l", "--rank 6"),
         _e2e("medium", "Adpt^L", "11.09M", "68.9 8.71 46.1 71.3 2.47", "adapter_l", "--rank 224"),
         _e2e("medium", "Adpt^H", "11.09M", "67.3 8.50 46.0 70.7 2.44", "adapter_h", "--rank 112"),
-        _e2e("medium", "DyLoRA", "0.39M", "69.2 8.75 46.3 70.8 2.46", "dylora", "--rank 4 --targets c_attn"),
+        _e2e("medium", "DyLoRA", "0.39M", "69.2 8.75 46.3 70.8 2.46", "dylora", "--rank 4"),
         _e2e("medium", "AdaLoRA", "0.38M", "68.2 8.58 44.1 70.7 2.35", "adalora", "--rank 4"),
         _e2e("medium", "LoRA", "0.35M", "68.9 8.69 46.4 71.3 2.51", "lora"),
         _e2e("medium", "VeRA", "0.098M", "70.1 8.81 46.6 71.5 2.50", "vera"),

@@ -36,7 +36,7 @@ def settings_of(name: str, method: str = "vera", protocol: Protocol = "published
         raise ConfigError(f"protocol is {protocol!r}, expected {' or '.join(PROTOCOLS)}")
     where, local = _data(recipe, changes.get("data"))
     common = dict(recipe.common)
-    row = dict(recipe.methods.get(method, {}))
+    row = dict(recipe.row(method))
     if "accumulation" not in changes:
         common["accumulation"] = _accumulation(recipe, {**common, **row, **changes})
     row.pop("processes", None)
@@ -71,8 +71,10 @@ def remarks(name: str, method: str, protocol: Protocol = "published") -> list[st
     """What a reader of the recipe's result must know."""
     recipe = find_recipe(name)
     found = [f"Source: {recipe.source}.", *recipe.notes]
-    if method not in recipe.methods:
-        there = ", ".join(recipe.methods)
+    there = ", ".join(recipe.methods)
+    if method not in recipe.methods and recipe.row(method):
+        found.append(f'No row for method "{method}" is known here: it takes that of {recipe.like[method]}, which is our choice.')
+    elif method not in recipe.methods:
         found.append(f'No row for method "{method}" is known here (there are: {there}): the common settings with our own rates.')
     if recipe.data.dev:
         found.append(

@@ -75,6 +75,7 @@ def _recipe(task: str, size: str) -> Recipe:
             "metric": METRIC.get(task, "accuracy"),
             "schedule": "linear",
             "warmup": 0.06,
+            "epochs": vera["epochs"],
             **common,
         },
         methods={
@@ -84,7 +85,11 @@ def _recipe(task: str, size: str) -> Recipe:
             "lora": {"rank": 8, "options": {"lora_alpha": alpha}, **lora, "lr_head": lora["lr"], "processes": 1},
         },
         processes=processes,
-        notes=("Weight decay and dropout aren't printed: 0 and the model's own.",),
+        like={"lora_fa": "lora", "dvora": "vera"},
+        notes=(
+            "Weight decay and dropout aren't printed: 0 and the model's own.",
+            "VeRA and head have Table 8's epochs, LoRA its own; the others', which the paper doesn't print, are Table 8's too.",
+        ),
     )
 
 

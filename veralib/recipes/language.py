@@ -31,7 +31,8 @@ def _e2e(size: str, rate: float) -> Recipe:
         },
         methods={"vera": {"rank": 1024, "lr": rate, "targets": GPT2_LINEARS}, "lora": E2E_LORA},
         notes=(
-            "d's start isn't printed: 0.1. PEFT adapts the fused c_attn as one, so LoRA's row covers the key too.",
+            "d's start isn't printed: 0.1. VeRA adapts the query and value of the fused c_attn; the other methods adapt it as "
+            "one, the key too.",
             "The official release (--data e2e-dataset.zip) is written as Hu et al. write it; the hub's rows are read as they "
             "are. Train and evaluate on the same.",
             "Then vera evaluate RUN --data e2e-dataset.zip: beam 10, no repeated 4-gram, length penalty 0.8 as in Hu et al.'s "

@@ -33,5 +33,11 @@ class Recipe:
     methods: Mapping[str, Fields]
     processes: int = 1
     """GPUs of the published run; on fewer, gradients are accumulated to the same batch."""
+    like: Mapping[str, str] = field(default_factory=lambda: {"lora_fa": "lora"})
+    """Method without a published row -> the method whose row it takes, which is our choice."""
     notes: tuple[str, ...] = ()
     """What the source leaves open, and what is taken here."""
+
+    def row(self, method: str) -> Fields:
+        """What a method has beside the common settings: its own row, or the one that it takes; empty where there is none."""
+        return self.methods.get(method) or self.methods.get(self.like.get(method, ""), {})

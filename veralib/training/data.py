@@ -138,7 +138,7 @@ def _local_splits(settings: Settings):
 
 def pathlike(name: str) -> bool:
     """Whether a name can only be a path, no hub id."""
-    return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name or name.endswith(".zip")
 
 
 def _hub_splits(settings: Settings):
