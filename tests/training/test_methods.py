@@ -185,6 +185,11 @@ def test_adalora_prunes_to_its_budget():
     train(made, steps=20)
     ranks = [int((p != 0).sum()) for n, p in made.model.named_parameters() if "lora_E" in n]
     assert len(ranks) == 4 and sum(ranks) == 4 * 2
+    # Counted is what stays, before and after: rank 2 of (32, 32), with its singular value. Trained was half as much again.
+    assert made.adapter_parameters == 4 * 2 * (32 + 32 + 1) == attached("adalora", tiny_bert(), rank=2).adapter_parameters
+    assert sum(p.numel() for p in made.adapter) == 4 * 3 * (32 + 32 + 1)
+    pattern = made.model.peft_config["default"].rank_pattern
+    assert sorted(map(sum, pattern.values())) == sorted(ranks)
 
 
 @pytest.mark.parametrize("method", ["adapter_h", "adapter_p", "adapter_l"])
@@ -221,6 +226,7 @@ COUNTS = [
     ("gpt2-large", "adapter_l", 248, {}, 23_002_848),
     ("gpt2-medium", "lora", 4, {}, 393_216),
     ("gpt2-large", "lora", 4, {}, 737_280),
+    ("gpt2-medium", "adalora", 4, {}, 24 * 4 * (1024 + 3072 + 1)),
 ]
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from veralib.errors import ConfigError
 from veralib.training import Settings, train
 from veralib.training.tokens import collator, encode
 
@@ -41,3 +42,29 @@ def test_the_first_loss_is_the_smoothed_one_by_hand(llama, tmp_path, method, acc
         assert losses[-1] == pytest.approx(by_hand(llama, settings, epsilon), abs=2e-4)
         assert found.metrics["eval_loss"] == pytest.approx(by_hand(llama, settings, 0.0), abs=2e-4)
     assert abs(losses[0] - losses[1]) > 2e-3
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_adaloras_penalty_is_in_the_smoothed_loss_too(llama, tmp_path, accumulation):
+    """PEFT adds it to the model's own loss alone; smoothed, Trainer counts the loss. The first step's: base loss + penalty."""
+    from transformers import AutoModelForCausalLM
+
+    from veralib.baselines import find_method
+
+    pytest.importorskip("peft")
+    file = write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    fields = {"task": "prompt-completion", "rank": 4, "epochs": 3, "plot": False, "method": "adalora", "save_every": "never"}
+    fields |= {"batch_size": 4 // accumulation, "accumulation": accumulation, "lr": 1e-9, "options": {"orth_reg_weight": 0.5}}
+    extra = {"logging_steps": 1, "label_smoothing_factor": 0.1}
+    settings = Settings(model=llama, data=file, output=tmp_path / "run", training=extra, **fields)
+    torch.manual_seed(0)
+    made = find_method("adalora")(AutoModelForCausalLM.from_pretrained(llama), settings, ())
+    batch = {"input_ids": torch.arange(8)[None], "labels": torch.arange(8)[None]}
+    own = made.model(**batch).loss - made.model.base_model.model(**batch).loss  # PEFT's own term
+    torch.testing.assert_close(made.penalty(), own, rtol=1e-4, atol=1e-4)
+    loss = next(h["loss"] for h in train(settings).history if "loss" in h)
+    drawn = loss - by_hand(llama, settings, 0.1)
+    # A and B are drawn anew from the run's seed, N(0, 0.02²): |P Pᵀ - I| is about √rank.
+    assert drawn == pytest.approx(float(own.detach()), rel=0.02)
+    with pytest.raises(ConfigError, match="the run has 1"):
+        train(settings.replace(epochs=1, output=tmp_path / "short"))

@@ -33,6 +33,10 @@ class Attached:
     merge: "Callable[[], MergeReport | None] | None" = None
     """Writes the result into the weights of the model that was attached, which is a plain one again; how much of the change
     their precision kept, None where the method trained the weights themselves. None: the method can't be merged."""
+    penalty: Callable[[], Tensor] | None = None
+    """What the method adds to the training loss; the model adds it to a loss of its own, not to one that Trainer counts."""
+    counted: Callable[[], int] | None = None
+    """The parameters that stay, where training drops some of them: what the paper counts."""
     begin: Callable[[int], object] | None = None
     """Called with the number of steps before the first."""
     before_step: Callable[[int], object] | None = None
@@ -47,8 +51,8 @@ class Attached:
 
     @property
     def adapter_parameters(self) -> int:
-        """Trained numbers without the head."""
-        return sum(p.numel() for p in self.adapter)
+        """Trained numbers without the head; where training drops some, those that stay."""
+        return self.counted() if self.counted is not None else sum(p.numel() for p in self.adapter)
 
     @property
     def head_parameters(self) -> int:

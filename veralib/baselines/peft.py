@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..errors import ConfigError, need, unknown_text
 from .base import Attached, Notes
@@ -31,7 +32,10 @@ def attach_lora_fa(model: nn.Module, settings: "Settings", head: tuple[str, ...]
 
 
 def attach_adalora(model: nn.Module, settings: "Settings", head: tuple[str, ...]) -> Attached:
-    """AdaLoRA (Zhang et al., 2023): starts at 1.5 times the rank, prunes to it on average between 10 % and 70 % of the steps."""
+    """AdaLoRA (Zhang et al., 2023): starts at 1.5 times the rank, prunes to it on average between 10 % and 70 % of the steps.
+
+    Its trained numbers are counted as the paper does, at the rank that stays.
+    """
     rank = _rank(settings, "AdaLoRA")
     # The number of steps isn't known yet: begin() sets it.
     fields = {"init_r": (3 * rank + 1) // 2, "target_r": rank, "lora_alpha": 2 * rank, "total_step": 10**9}
@@ -42,9 +46,26 @@ def attach_adalora(model: nn.Module, settings: "Settings", head: tuple[str, ...]
         config = wrapped.peft_config["default"]
         config.tinit = settings.options.get("tinit", steps // 10)
         config.tfinal = settings.options.get("tfinal", steps - steps * 7 // 10)
+        if steps - config.tfinal < 2 and config.rank_pattern is None:  # PEFT would fail in the middle of the run
+            raise ConfigError(f"AdaLoRA prunes by what it saw in earlier steps, and the run has {steps}: give it 3 or more")
         wrapped.base_model.rankallocator.set_total_step(steps)
 
-    return dataclasses.replace(made, begin=begin, after_step=wrapped.base_model.update_and_allocate)
+    def penalty() -> Tensor:
+        parts = [p if ".lora_A." in n else p.T for n, p in wrapped.named_parameters() if ".lora_A." in n or ".lora_B." in n]
+        off = [torch.linalg.norm(P @ P.T - torch.eye(P.shape[0], device=P.device, dtype=P.dtype)) for P in parts]
+        return wrapped.peft_config["default"].orth_reg_weight * torch.stack(off).mean()
+
+    def counted() -> int:
+        kept = wrapped.peft_config["default"].rank_pattern or {}
+        return sum(
+            sum(kept.get(name, kept.get(name.replace(".default", ""), [1] * rank))) * (layer.in_features + layer.out_features + 1)
+            for name, layer in (
+                (f"{n.removeprefix('base_model.')}.lora_E.default", m) for n, m in wrapped.named_modules() if hasattr(m, "lora_E")
+            )
+        )
+
+    after = wrapped.base_model.update_and_allocate
+    return dataclasses.replace(made, begin=begin, after_step=after, penalty=penalty, counted=counted)
 
 
 def attach_any(kind: str) -> Callable[[nn.Module, "Settings", tuple[str, ...]], Attached]:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..errors import ConfigError
 from .flags import flags, set_option, settings_argument
 from .shared import table
 from .train import DICTS, PANELS, resolve
@@ -61,5 +62,8 @@ def _budget(settings: Any, total: int, by: Any, steps: int, least: int, ranks: s
         f"{total} ranks by {by} after {steps} steps", ("layer", "rank"), [(k, str(v)) for k, v in found.items()], right=("rank",)
     )
     given = {k: v for k, v in settings.to_dict().items() if k in settings.model_fields_set}
-    Path(ranks).write_text(yaml.safe_dump({**given, "rank": found}, sort_keys=False), encoding="utf-8")
+    try:
+        Path(ranks).write_text(yaml.safe_dump({**given, "rank": found}, sort_keys=False), encoding="utf-8")
+    except OSError as e:
+        raise ConfigError(f"can't write {ranks}: {e.strerror or e}; the ranks are in the table above") from e
     print(f"Next: vera train {ranks}")

@@ -19,10 +19,7 @@ By = Literal["change", "gradient"]
 
 def allocate(scores: Mapping[str, float], total: int, least: int = 4) -> dict[str, int]:
     """A rank for each layer, `total` in all: `least` for everyone, the rest in proportion to the scores, by largest remainder."""
-    if least < 1 or total < least * len(scores):
-        raise ConfigError(
-            f"a total of {total} ranks gives {len(scores)} layers less than {least} each: raise it, or lower `least`."
-        )
+    _check(total, len(scores), least)
     if wrong := [name for name, score in scores.items() if not math.isfinite(score) or score < 0]:
         raise ConfigError(f'the score of "{wrong[0]}" is {scores[wrong[0]]}, expected a finite number, 0 or more')
     whole = sum(scores.values())
@@ -35,9 +32,19 @@ def allocate(scores: Mapping[str, float], total: int, least: int = 4) -> dict[st
     return ranks
 
 
-def measure(settings: Settings, by: By = "change", steps: int = 50) -> dict[str, float]:
+def _check(total: int, layers: int, least: int) -> None:
+    if least < 1:
+        raise ConfigError(f"least is {least}, expected 1 or more")
+    if total < least * layers:
+        raise ConfigError(f"a total of {total} ranks gives {layers} layers less than {least} each: raise it, or lower `least`.")
+
+
+def measure(settings: Settings, by: By = "change", steps: int = 50, total: int | None = None, least: int = 4) -> dict[str, float]:
     """Each layer's score after a warm-up of `steps` steps: ‖d − d₀‖₂ with "change", or the mean of ‖d ∘ ∂d‖₁ over the steps with
-    "gradient", the first-order change of the loss if d's entries were removed. Nothing is kept of the warm-up."""
+    "gradient", the first-order change of the loss if d's entries were removed. Nothing is kept of the warm-up.
+
+    total, least: what allocate will be asked for, refused before the first step where it can't be given.
+    """
     from .. import handle
     from .run import train
 
@@ -57,6 +64,8 @@ def measure(settings: Settings, by: By = "change", steps: int = 50) -> dict[str,
             return [(u.unit, member.vectors(u.unit)[0]) for u in member.layout.units]
 
         def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            if total is not None:
+                _check(total, len(self._vectors(model)), least)
             self.start = {unit: d.detach().clone() for unit, d in self._vectors(model)}
 
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
@@ -86,5 +95,5 @@ def measure(settings: Settings, by: By = "change", steps: int = 50) -> dict[str,
 
 def ranks_of(settings: Settings, total: int, by: By = "change", steps: int = 50, least: int = 4) -> dict[str, int]:
     """The `rank` setting that gives each layer its share: {pattern: rank}, each pattern one layer's whole name."""
-    scores = measure(settings, by, steps)
+    scores = measure(settings, by, steps, total, least)
     return {f"^{re.escape(layer)}$": rank for layer, rank in allocate(scores, total, least).items()}

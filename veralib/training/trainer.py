@@ -65,6 +65,16 @@ class AdapterTrainer(Trainer):
             self.optimizer = kind(groups, **options)
         return self.optimizer
 
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        smoothed = self.label_smoother is not None and "labels" in inputs
+        found: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not smoothed or self.attached.penalty is None or not model.training:
+            return found
+        # A loss that is a part of the step's is added to the others, not averaged with them.
+        part = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        penalty = self.attached.penalty() / (self.current_gradient_accumulation_steps if part else 1)
+        return (found[0] + penalty, found[1]) if return_outputs else found + penalty
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
         lengths = [len(row["input_ids"]) for row in self.rows] if self.settings.group_by_length else None
         self.order = SeededOrder(len(self.rows), self.settings.seed, lengths, self.args.train_batch_size * 50)
