@@ -1,6 +1,13 @@
 """vera sweep: a grid of runs."""
 
+from typing import TYPE_CHECKING
+
 from typer import Argument, Exit, Option
+
+from .shared import table
+
+if TYPE_CHECKING:
+    from ..training.sweep import Grid
 
 
 def sweep(
@@ -11,7 +18,7 @@ def sweep(
     only: str = Option("", help='Only the runs whose "task/method" holds this: cola, "mrpc/LoRA".'),
     dry_run: bool = Option(False, "--dry-run", help="List the runs that are missing."),
 ) -> None:
-    """Run a grid; runs that have their result file aren't repeated.
+    """Run a grid; runs that have their result file aren't repeated. Then shows each method at the rate that held-out rows choose.
 
     Examples:
 
@@ -34,6 +41,25 @@ def sweep(
             print(cell.file(found.output))
         return
     failed = run_grid(found, jobs, (part, parts), only, lambda line: print(line, flush=True))
+    _show(found)
     if failed:
         print("\n".join([f"{len(failed)} runs failed; started again, the grid runs them again:", *failed]))
         raise Exit(1)
+
+
+def _show(grid: "Grid") -> None:
+    """Each method at the rate with the best held-out score, where the runs have a test set of their own."""
+    import statistics
+
+    from ..paper.compare import chosen
+    from ..training.sweep import load_results
+
+    results, rows = load_results(grid.output), []
+    for task, metric in grid.metrics.items():
+        own = [r for r in results if r["task"] == task and {f"eval_{metric}", f"test_{metric}"} <= r["metrics"].keys()]
+        for line in chosen(own, metric):
+            held, test = (statistics.mean(by.values()) for by in (line.held_out, line.scores))
+            rows.append((task, line.name, f"{line.rate} {line.value:g}", f"{held:.1f}", f"{test:.1f}", str(len(line.scores))))
+    if rows:
+        columns = ("task", "method", "chosen", "held-out", "test", "seeds")
+        table("at the rates that held-out rows choose, × 100", columns, rows, right=columns[3:])

@@ -12,6 +12,9 @@
     over: bytes                    # or parameters: what its plot shows quality over
     about: what a reader of the page must know
 
+A recipe's settings, with others about them: `recipe: glue-rte-base` and `protocol: honest` beside a task's fields. `times` sweeps
+around a recipe's own rate: {lr: {times: [0.3, 1, 3]}}, which is what is swept where nothing is said, times 1.
+
 Relative paths of models and data are looked for below VERALIB_DATA. A run that has its file isn't repeated.
 """
 
@@ -162,14 +165,33 @@ def _counted(cells: Sequence[Cell]) -> Iterator[tuple[Path, int]]:
 def _cells(common: Any, tasks: Any, methods: Any, seeds: Any, seeded: tuple[str, ...], faults: list[str]) -> Iterator[Cell]:
     for (task, of_task), (name, of_method), seed in itertools.product(tasks.items(), methods.items(), seeds):
         fields = {**common, **of_task, **of_method}
-        swept = fields.pop("sweep", None) or {"lr": [fields.pop("lr", None)]}
+        alone = {"times": [1]} if "recipe" in fields and "lr" not in fields else [fields.pop("lr", None)]
+        swept = fields.pop("sweep", None) or {"lr": alone}
         values: Any = next(iter(swept.values()), None) if isinstance(swept, dict) and len(swept) == 1 else None
+        if isinstance(values, dict) and list(values) == ["times"]:
+            values = _around(fields, next(iter(swept)), values["times"], f"{task} {name}", faults)
+            if values is None:
+                continue
         if not isinstance(values, list) or not values or not all(_is_number(v) for v in values):
             faults.append(f"{name}: sweep is {swept!r}, expected one setting with its values, such as {{lr: [1e-3, 1e-2]}}")
             continue
         [rate] = swept
         for value in values:
             yield Cell(str(task), str(name), fields, rate, float(value), int(seed), seeded)
+
+
+def _around(fields: Mapping[str, Any], rate: str, times: Any, what: str, faults: list[str]) -> list[float] | None:
+    """The recipe's own rate times each of these; None after a fault was added."""
+    if not isinstance(times, list) or not times or not all(_is_number(t) and float(t) > 0 for t in times):
+        faults.append(f"{what}: times is {times!r}, expected numbers above 0, such as [0.3, 1, 3]")
+        return None
+    try:
+        settings = _settings(fields)
+        own = getattr(settings, f"resolved_{rate}", None) or getattr(settings, rate)
+        return [float(f"{float(own) * float(t):.4g}") for t in times]
+    except (VeraError, AttributeError, TypeError, ValueError) as e:
+        faults.append(f"{what}: {e if isinstance(e, VeraError) else f'there is no rate {rate} to multiply'}")
+        return None
 
 
 def _is_number(value: Any) -> bool:
@@ -181,10 +203,19 @@ def _is_number(value: Any) -> bool:
 
 def settings_of(cell: Cell, output: str | Path) -> Settings:
     """A cell's settings."""
-    fields = {**cell.settings, "output": output}
-    for name in ("model", "data"):
-        fields[name] = _found(fields.get(name))
-    return Settings(**fields)
+    return _settings({**cell.settings, "output": output})
+
+
+def _settings(given: Mapping[str, Any]) -> Settings:
+    """Settings of plain fields, or of a recipe with the fields about it."""
+    fields = {**given, **{name: _found(given[name]) for name in ("model", "data") if name in given}}
+    if "recipe" not in fields:
+        if "protocol" in fields:
+            raise ConfigError("protocol belongs to a recipe: name one beside it (recipe: glue-rte-base)")
+        return Settings(**fields)
+    from ..recipes import settings_of as recipe_settings
+
+    return recipe_settings(fields.pop("recipe"), fields.pop("method", "vera"), fields.pop("protocol", "published"), **fields)
 
 
 def _found(name: Any) -> Any:
