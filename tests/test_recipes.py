@@ -10,6 +10,7 @@ from veralib.commands.train import resolve
 from veralib.errors import ConfigError, DataError, UnknownName
 from veralib.recipes import RECIPES, find_recipe, remarks, settings_of
 from veralib.training import train
+from veralib.training.data import load_data
 from veralib.training.plan import plan
 
 GOOD, BAD = "a fine and lovely day", "an awful dull evening"
@@ -137,6 +138,15 @@ def test_a_key_of_training_or_options_joins_the_recipes_own(monkeypatch):
     assert ten.training == {"bf16": True, "max_steps": 625, "logging_steps": 5}
     lora = settings_of("e2e-medium", "lora", options={"lora_dropout": 0.0})
     assert lora.options == {"lora_alpha": 32, "lora_dropout": 0.0}
+
+
+def test_alpaca_is_read_below_veralib_data(tmp_path, monkeypatch):
+    monkeypatch.setenv("VERALIB_DATA", str(tmp_path))
+    assert settings_of("instruct-llama-7b").data == ("yahma/alpaca-cleaned",)
+    (tmp_path / "alpaca").mkdir()
+    file = tmp_path / "alpaca" / "alpaca_data_cleaned.json"
+    file.write_text('[{"instruction": "Say a word.", "input": "", "output": "Word."}]')
+    assert len(load_data(settings_of("instruct-llama-7b")).train) == 1
 
 
 @pytest.fixture(scope="module")

@@ -201,3 +201,13 @@ def test_glues_original_files_have_the_official_counts(data, task):
     fields, train, validation, labels = GLUE[task]
     found = load_data(settings(data=data / "glue" / task, **fields))
     assert (len(found.train), len(found.validation), found.labels) == (train, validation, labels)
+
+
+@pytest.mark.parametrize(("task", "labels", "stand_in"), [("regression", ("0.5", "4.0"), -1.0), ("classification", "xy", "x")])
+def test_a_test_set_without_labels_is_refused(tmp_path, task, labels, stand_in):
+    """As GLUE's public test sets are: STS-B's labels are all -1."""
+    rows = write_jsonl(tmp_path / "train.jsonl", [{"text": f"a {i}", "label": labels[i % 2]} for i in range(8)])
+    blank = write_jsonl(tmp_path / "test.jsonl", [{"text": f"b {i}", "label": stand_in} for i in range(4)])
+    with pytest.raises(DataError, match=r'"label" of the test data holds .* in all 4 rows: they look unlabelled'):
+        load_data(settings(data=rows, test=blank, task=task))
+    load_data(settings(data=rows, test=rows, task=task))

@@ -39,7 +39,7 @@ def _recipe(data: str, size: str) -> Recipe:
         title=f"{title}, ViT-{size[0].upper()}, 10 samples a class",
         source="Kopiczko et al. 2024, Table 11",
         model=MODELS[size],
-        data=Source(hub=fields),
+        data=Source(hub=fields, folder=data, local={"test": "rest" if data == "resisc45" else "test"}),
         common={
             **{"task": "images", "shots": 10, "epochs": 10, "schedule": "linear", "warmup": 0.0, "weight_decay": 0.01},
             **{"batch_size": 32, "evaluate_every": "never", "save_every": "never"},
@@ -47,9 +47,13 @@ def _recipe(data: str, size: str) -> Recipe:
         methods=methods,
         notes=(
             "Batch size, warm-up and augmentation aren't printed: 32, none, none.",
-            *(("The hub's test split isn't the official one of 6,149 images.",) if data == "flowers102" else ()),
             *(
-                ("The paper's test set is all that isn't trained on; the hub's test split is smaller.",)
+                ("The hub's test split isn't the official one of 6,149 images; the original files' is.",)
+                if data == "flowers102"
+                else ()
+            ),
+            *(
+                ("The paper's test set is all that isn't trained on, as with the original files; the hub's split is smaller.",)
                 if data == "resisc45"
                 else ()
             ),

@@ -9,7 +9,7 @@ E2E = Source(
     local={"validation": "validation"},
 )
 E2E_LORA: Fields = {"rank": 4, "lr": 2e-4, "targets": ("c_attn",), "options": {"lora_alpha": 32, "lora_dropout": 0.1}}
-ALPACA = Source(hub={"data": "yahma/alpaca-cleaned"})
+ALPACA = Source(hub={"data": "yahma/alpaca-cleaned"}, folder="alpaca/alpaca_data_cleaned.json")
 LLAMAS = {
     "llama-7b": "huggyllama/llama-7b",
     "llama-13b": "huggyllama/llama-13b",
@@ -31,8 +31,8 @@ def _e2e(size: str, rate: float) -> Recipe:
         },
         methods={"vera": {"rank": 1024, "lr": rate, "targets": GPT2_LINEARS}, "lora": E2E_LORA},
         notes=(
-            "d's start isn't printed: 0.1. VeRA adapts the query and value of the fused c_attn; the other methods adapt it as "
-            "one, the key too.",
+            "d's start isn't printed: 0.1. VeRA adapts query and value of the fused c_attn; the other methods adapt it as one, "
+            "the key too.",
             "The official release (--data e2e-dataset.zip) is written as Hu et al. write it; the hub's rows are read as they "
             "are. Train and evaluate on the same.",
             "Then vera evaluate RUN --data e2e-dataset.zip: beam 10, no repeated 4-gram, length penalty 0.8 as in Hu et al.'s "

@@ -14,6 +14,8 @@ from .sampling import draw_shots, split_off
 from .settings import WITH_HEAD, Settings
 
 Row = Mapping[str, Any]
+REST = "rest"
+"""The test set that is every training row which `shots` leaves."""
 VALIDATION_NAMES = ("validation", "valid", "val", "dev")
 
 
@@ -39,12 +41,18 @@ def load_data(settings: Settings) -> Data:
         wanted = getattr(settings, role)
         if role == "validation" and settings.share is not None:
             train, held[role] = split_off(train, settings.share, settings.split_seed)
+        elif role == "test" and wanted == REST:
+            if not settings.shots:
+                raise DataError(f'test is "{REST}", the training rows that shots leave: set shots, or name a split')
         elif (found := find(role, wanted)) is not None:
             held[role] = found[0]
             hashes |= {f"{role}/{k}": v for k, v in found[1].items()}
     if settings.shots and train:
         column_values(train, settings.label, "the train data")
-        train = draw_shots(train, settings.label, settings.shots, settings.split_seed)
+        whole, train = train, draw_shots(train, settings.label, settings.shots, settings.split_seed)
+        if settings.test == REST:
+            drawn = {id(row) for row in train}
+            held["test"] = [row for row in whole if id(row) not in drawn]
     labels = _check(settings, train, held)
     if settings.task == "images":
         from .images import check_images
@@ -195,6 +203,8 @@ def _check(settings: Settings, train: Sequence[Row], held: Mapping[str, Sequence
     if settings.task not in WITH_HEAD:
         return ()
     values = {where: column_values(rows, settings.label, where) for where, rows in splits.items()}
+    if "the test data" in values:
+        _refuse_unlabelled(values["the test data"], values["the train data"], settings.label)
     if settings.task == "regression":
         for where, found in values.items():
             numbers(found, where)
@@ -210,6 +220,15 @@ def _check(settings: Settings, train: Sequence[Row], held: Mapping[str, Sequence
     for where, found in values.items():
         label_ids(found, labels, where)
     return labels
+
+
+def _refuse_unlabelled(values: Sequence[Any], trained: Sequence[Any], column: str) -> None:
+    """DataError where every row has one label: a stand-in, as in GLUE's public test sets. A score against it means nothing."""
+    if len(values) > 1 and len({str(v) for v in values}) == 1 and len({str(v) for v in trained}) > 1:
+        raise DataError(
+            f'column "{column}" of the test data holds {values[0]!r} in all {len(values)} rows: they look unlabelled, and no '
+            "score against them means anything. Name a split with labels; GLUE's are train and validation."
+        )
 
 
 def numbers(values: Sequence[Any], where: str) -> list[float]:

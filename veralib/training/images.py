@@ -1,4 +1,4 @@
-"""Rows of images: from a folder of class folders, an .npz of JPEG bytes, or a hub data set. Pictures are read when asked for.
+"""Rows of images: from class folders, a known set (image_sets.py), an .npz or the hub. Pictures are read when asked for.
 
 Folder: SPLIT/CLASS/*.jpg (or any format that Pillow reads). npz: `data`, the images' bytes one after another, image i at
 offsets[i]:offsets[i + 1]; `labels`, a class number each; `split`, 0 for train, 1 for val; `wnids` or `names`, the classes' names.
@@ -48,7 +48,11 @@ def image_splits(settings: Settings) -> Callable[..., tuple[list[Row], dict[str,
     path = Path(settings.data[0]).expanduser()
     splits: Mapping[str, Callable[[], list[Row]]]
     if path.is_dir():
-        splits = {p.name: partial(_folder_rows, p, settings) for p in sorted(path.iterdir()) if p.is_dir()}
+        from .image_sets import original_splits
+
+        splits = original_splits(path, settings) or {
+            p.name: partial(folder_rows, p, settings) for p in sorted(path.iterdir()) if p.is_dir()
+        }
     elif path.is_file() or path.suffix == ".npz":
         splits = _npz(path, settings)
     elif pathlike(settings.data[0]):
@@ -101,11 +105,13 @@ def file_picture(path: Path) -> Picture:
     return Picture(str(path), path.read_bytes)
 
 
-def _row(settings: Settings, picture: Picture, label: Any) -> Row:
+def row_of(settings: Settings, picture: Picture, label: Any) -> Row:
+    """A row with a picture and its class, under the names that the settings give them."""
     return {settings.text_columns[0]: picture, settings.label: label}
 
 
-def _folder_rows(folder: Path, settings: Settings) -> list[Row]:
+def folder_rows(folder: Path, settings: Settings) -> list[Row]:
+    """A row for each image of a folder of class folders. DataError where there is none, or a class has no image."""
     classes = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
     if not classes:
         raise DataError(f"{folder} has no classes: expected a folder for each class with its images, {folder.name}/cat/1.jpg say")
@@ -114,7 +120,7 @@ def _folder_rows(folder: Path, settings: Settings) -> list[Row]:
         files = image_files(own)
         if not files:
             raise DataError(f"{own} holds no image; put some there, or delete the folder")
-        rows += [_row(settings, file_picture(file), own.name) for file in files]
+        rows += [row_of(settings, file_picture(file), own.name) for file in files]
     return rows
 
 
@@ -143,7 +149,7 @@ def _npz(path: Path, settings: Settings) -> Mapping[str, Callable[[], list[Row]]
 
     def rows(code: int) -> list[Row]:
         return [
-            _row(
+            row_of(
                 settings,
                 Picture(f"image {i} of {path}", partial(_slice, data, int(offsets[i]), int(offsets[i + 1]))),
                 str(labels[i] if names is None else names[labels[i]]),
@@ -170,7 +176,7 @@ def _hub(settings: Settings) -> Mapping[str, Callable[[], list[Row]]]:
         if isinstance(feature, datasets.ClassLabel):
             classes = [feature.int2str(c) if c is not None and c >= 0 else None for c in classes]
         return [
-            _row(settings, Picture(f'row {i + 1} of {split} of "{settings.data[0]}"', partial(_cell, cells, i, image)), c)
+            row_of(settings, Picture(f'row {i + 1} of {split} of "{settings.data[0]}"', partial(_cell, cells, i, image)), c)
             for i, c in enumerate(classes)
         ]
 

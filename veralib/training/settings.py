@@ -97,7 +97,9 @@ class Settings(BaseModel):
         description='Validation data: a file, a split\'s name, or a share of the training rows such as "0.1". '
         "Left out: the folder's or data set's own validation split, if it has one.",
     )
-    test: str | None = Field(None, description="Test data, scored once at the end: a file or a split's name.")
+    test: str | None = Field(
+        None, description='Test data, scored once at the end: a file, a split\'s name, or "rest", the rows that shots leave.'
+    )
     split_seed: int = Field(0, ge=0, description="Draws the rows of a validation share, and the shots.")
     shots: int | None = Field(
         None, gt=0, description="Training rows of each class (classification, images); left out: all. Drawn after validation."
