@@ -12,9 +12,9 @@ from tests.training import tiny
 from veralib import AdapterMismatch, UnknownName, attach
 from veralib.cli import build
 from veralib.fleet import folder as files
-from veralib.fleet import run as run_module
 from veralib.fleet.data import owner_data
 from veralib.fleet.run import FleetResult, train_fleet, update_owner
+from veralib.fleet.standing import Standing
 from veralib.fleet.trainer import FleetTrainer, OwnerResult
 from veralib.store import open_store
 from veralib.training.rows import read_rows
@@ -54,7 +54,7 @@ def test_a_standing_state_of_other_rows_or_weights_is_not_used(settings, rows, t
 
     fleet = attach(AutoModelForCausalLM.from_pretrained(settings.model)).fleet(settings.vera_config(), 1)
     files.save_standing(files.standing_file(tmp_path / "fleet", 0), {name: {**state, "base": "other weights"}})
-    assert run_module._Standing(tmp_path / "fleet", 0, fleet).saved() == {}
+    assert Standing(tmp_path / "fleet", 0, fleet).saved() == {}
 
 
 def test_an_owner_begins_on_no_other_weights_than_its_start(settings, tmp_path):

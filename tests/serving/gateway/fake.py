@@ -70,7 +70,7 @@ class Fake:
         @app.post("/tokenize")
         async def tokenize(request: Request):
             body = await self.read(request)
-            text = body.get("prompt") or " ".join(str(m.get("content")) for m in body["messages"])
+            text = body["prompt"] if "prompt" in body else " ".join(str(m.get("content")) for m in body["messages"])
             return {"count": len(text.split()), "max_model_len": LENGTH, "tokens": []}
 
         @app.post("/v1/load_lora_adapter")
