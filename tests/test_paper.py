@@ -53,7 +53,7 @@ EXACT = {
     ("gpt2-medium", "adapter_l", 224): 11_089_152,
     ("gpt2-large", "adapter_l", 248): 23_002_848,
     ("gpt2-medium", "dylora", 4): 393_216,
-    ("gpt2-medium", "adalora", 4): 589_968,
+    ("gpt2-medium", "adalora", 4): 393_312,
     ("vit-base", "lora", 8): 294_912,
     ("vit-large", "lora", 8): 786_432,
 }

@@ -45,7 +45,7 @@ ROWS: list[tuple[str, str, int | None, dict[str, Any], str, str, str]] = [
     ("gpt2-medium", "adapter_l", 224, {}, "11.09M", "T3", ""),
     ("gpt2-medium", "adapter_h", 112, {}, "11.09M", "T3", "inherited; 48 bottlenecks of width 112 have 11.06 M"),
     ("gpt2-medium", "dylora", 4, {"targets": ("c_attn",)}, "0.39M", "T3", ""),
-    ("gpt2-medium", "adalora", 4, {}, "0.38M", "T3", "inherited; it starts at rank 6, at rank 4 it is 393,312"),
+    ("gpt2-medium", "adalora", 4, {}, "0.38M", "T3", "inherited; at the rank that stays: it starts at rank 6 with 589,968"),
     ("gpt2-medium", "lora", 4, {}, "0.35M", "T3", "inherited from Hu et al."),
     ("gpt2-medium", "vera", 1024, QV, "0.098M", "T3", ""),
     ("gpt2-large", "full", None, {}, "774.03M", "T3", ""),
@@ -115,7 +115,7 @@ def exact(name: str, method: str, rank: int | None, more: dict[str, Any]) -> int
         "lora": lambda: blocks * r * (8 * d + 3 * (d + f) if every_linear else 4 * d),
         "lora_fa": lambda: blocks * r * 2 * d,
         "dylora": lambda: blocks * r * 4 * d,
-        "adalora": lambda: blocks * (3 * r // 2) * (4 * d + 1),
+        "adalora": lambda: blocks * r * (4 * d + 1),
         "vera": lambda: blocks * (5 * d + 2 * f + 7 * r if every_linear else 2 * (d + r)),
     }[method]()
 

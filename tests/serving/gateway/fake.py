@@ -1,7 +1,8 @@
 """An engine of the tests' own that speaks vLLM's dialect: it answers with the name it was asked for, and fails when told to.
 
 A prompt may hold orders: "slow" streams a piece each 0.05 s, "fail:STATUS" answers with that status, "says:TEXT" with that text
-at its end, "die" breaks the stream off, "silent" never answers. Run as a program it is an engine that a gateway starts:
+at its end, "faint" makes /health 503 from then on, "die" breaks the stream off, "silent" never answers. Run
+as a program it is an engine that a gateway starts:
 python -m tests.serving.gateway.fake --port …
 """
 
@@ -33,6 +34,7 @@ class Fake:
         self.base, self.asked, self.cancelled, self.loaded, self.known = base, [], [], set(), None
         self.headers, self.failing = [], None
         self.running = self.most = 0
+        self.fainted = False
         self.app = app = FastAPI()
 
         @app.post("/v1/completions")
@@ -59,7 +61,7 @@ class Fake:
 
         @app.get("/health")
         async def health():
-            return PlainTextResponse("")
+            return PlainTextResponse("", 503 if self.fainted else 200)
 
         @app.get("/v1/models")
         async def models():
@@ -118,6 +120,7 @@ class Fake:
             words = f"{model} and globex:secret@3-0123456789ab failed" + (f" at {said[1]}" if said else "")
             error = {"error": {"message": words, "code": int(found[1])}}
             return JSONResponse(error, int(found[1]))
+        self.fainted |= "faint" in text
         if "silent" in text:
             await self.wait_for_end(request, model)
         self.running += 1

@@ -55,7 +55,7 @@ def make_app(settings: GatewaySettings) -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        engine.start(client.healthy)
+        engine.start(client.health)
         running = [deletions.follow(client), *(make() for make in app.state.background)]
         tasks = [asyncio.create_task(each) for each in running]
         try:

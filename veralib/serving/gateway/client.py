@@ -60,7 +60,7 @@ class EngineClient:
         self._looks = httpx2.AsyncClient(
             timeout=LOOK_SECONDS, limits=httpx2.Limits(max_connections=2, keepalive_expiry=IDLE_SECONDS), trust_env=False
         )
-        self._looking: asyncio.Future[bool] | None = None
+        self._looking: asyncio.Future[int] | None = None
         self._counting = asyncio.Semaphore(COUNTS)
         self._about: tuple[int, float, About] | None = None
         self._asking = asyncio.Lock()
@@ -104,17 +104,22 @@ class EngineClient:
         return await self._http.send(request(), stream=stream)
 
     async def healthy(self) -> bool:
-        """Whether the engine answers now. All who ask at a time share one look: /ready is open to everybody."""
+        """Whether the engine answers now, and well."""
+        return await self.health() == 200
+
+    async def health(self) -> int:
+        """The status of the engine's /health; 0 where none comes. All who ask at a time share one look: /ready is open
+        to everybody."""
         if self._looking is None or self._looking.done():
             self._looking = asyncio.ensure_future(self._look())
         return await asyncio.shield(self._looking)
 
-    async def _look(self) -> bool:
+    async def _look(self) -> int:
         try:
             async with self._failing():
-                return (await self._looks.get(self._url("/health"), headers=self._headers())).status_code == 200
+                return (await self._looks.get(self._url("/health"), headers=self._headers())).status_code
         except ApiError:
-            return False
+            return 0
 
     async def about(self, fresh: bool = False) -> About:
         """Asked again after a restart, and now and then: by one at a time, as vLLM lists every adapter it has with it."""

@@ -20,6 +20,8 @@ from .metrics import Metrics
 from .settings import ENGINE_KEY, GatewaySettings
 
 LOOK_SECONDS = 1.0
+DEAD_LOOKS = 3
+"""In a row: so often /health is 503 before an engine that was well is taken for dead."""
 LONGEST_PAUSE = 30.0
 STOP_SECONDS = 15.0
 KEEP_SECONDS = 75
@@ -41,9 +43,9 @@ class Engine:
         self.up = False
         self._task: asyncio.Task[None] | None = None
 
-    def start(self, healthy: Callable[[], Awaitable[bool]]) -> None:
-        """Begins to look after it, in a task. healthy: whether the engine answers at url."""
-        self._task = asyncio.create_task(self._look_after(healthy))
+    def start(self, health: Callable[[], Awaitable[int]]) -> None:
+        """Begins to look after it, in a task. health: the status of its /health, 0 where none comes."""
+        self._task = asyncio.create_task(self._look_after(health))
 
     async def stop(self) -> None:
         """Ends the task; a child process with it."""
@@ -61,9 +63,9 @@ class Engine:
         self.up = up
         self.metrics.engine_up.set(up)
 
-    async def _look_after(self, healthy: Callable[[], Awaitable[bool]]) -> None:
+    async def _look_after(self, health: Callable[[], Awaitable[int]]) -> None:
         while True:
-            self._note(await healthy())
+            self._note(await health() == 200)
             await asyncio.sleep(LOOK_SECONDS)
 
 
@@ -80,12 +82,12 @@ class ChildEngine(Engine):
         self.process: asyncio.subprocess.Process | None = None
         self.log = Path(settings.state) / "logs" / f"engine-{socket.gethostname()}-{settings.port}.log"
 
-    async def _look_after(self, healthy: Callable[[], Awaitable[bool]]) -> None:
+    async def _look_after(self, health: Callable[[], Awaitable[int]]) -> None:
         pause = 0.0
         while True:
             began = time.monotonic()
             try:
-                await self._run(healthy)
+                await self._run(health)
             finally:
                 self._note(False)
                 self.url = None
@@ -95,7 +97,7 @@ class ChildEngine(Engine):
             self.metrics.restarts.inc()
             await asyncio.sleep(pause)
 
-    async def _run(self, healthy: Callable[[], Awaitable[bool]]) -> None:
+    async def _run(self, health: Callable[[], Awaitable[int]]) -> None:
         """One life of a child, until it ends or hangs."""
         port = free_port()
         argv = command(self.settings, port)
@@ -122,15 +124,20 @@ class ChildEngine(Engine):
         self.url = f"http://127.0.0.1:{port}"
         LOG.info("engine %d starts at %s; its output goes to %s", self.process.pid, self.url, self.log)
         answered = time.monotonic() + self.settings.engine_start_seconds - self.settings.engine_hung_seconds
+        lived, gone = False, 0
         while True:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(LOOK_SECONDS if self.up else 0.2):
                     await self.process.wait()
                 LOG.error("the engine ended with code %s", self.process.returncode)
                 return
-            now = await healthy()
-            answered = max(answered, time.monotonic()) if now else answered
-            self._note(now)
+            status = await health()
+            lived, gone = lived or status == 200, gone + 1 if lived and status == 503 else 0
+            answered = max(answered, time.monotonic()) if status == 200 else answered
+            self._note(status == 200)
+            if gone == DEAD_LOOKS:  # vLLM's server outlives the process that computes
+                LOG.error("the engine says that it is dead: it is ended")
+                return
             if time.monotonic() - answered > self.settings.engine_hung_seconds:
                 LOG.error("the engine hasn't answered for too long: it is ended")
                 return
