@@ -262,7 +262,7 @@ def growth(samples: list[tuple[float, int, int]]) -> list[dict[str, Any]]:
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    """Runs it, checks every answer, writes the report; exits with 1 if one was wrong."""
+    """Runs it, checks each answer, writes the report. Where any was wrong or failed: keeps the logs, exits with 1."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--clients", type=int, default=64)
@@ -272,7 +272,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--engine-python")
     parser.add_argument("--engine-args", help="left out, what this machine's processor needs")
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--keep", action="store_true", help="keep the logs and the store")
+    parser.add_argument("--keep", action="store_true", help="keep the logs and the store even if all is well")
     a = parser.parse_args(arguments)
     a.engine_args = a.engine_args or ENGINE_ARGS[a.engine]
     folder = Path(tempfile.mkdtemp(prefix="vera-soak-"))
@@ -302,13 +302,14 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     (a.results / f"soak-{a.engine}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     (a.results / f"soak-{a.engine}.md").write_text(render(found), encoding="utf-8")
     print(render(found))
-    if a.keep:
+    failed = bool(found["wrong"] or found["unavailable"])
+    if a.keep or failed:
         print(f"logs and store: {folder}")
     else:
         import shutil
 
         shutil.rmtree(folder)
-    if found["wrong"]:
+    if failed:
         sys.exit(1)
     return found
 
