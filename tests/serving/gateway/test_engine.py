@@ -63,7 +63,7 @@ def test_a_child_whose_health_says_that_it_is_dead_is_started_again(world, tmp_p
     """vLLM's server goes on without the process that computes: each request would fail until it is taken for hung."""
     url = world.gateway(ready=False, engine_url=None, engine_python=fake_python(tmp_path), model="m", model_name="child-base")
     http, engine_of = world.http(url), world.apps[0].state.gateway.engine
-    assert wait_until(lambda: http.get("/ready").status_code == 200, 30)
+    assert wait_until(lambda: engine_of.up, 30)  # it has seen the engine well itself: /ready looks for itself
     first = engine_of.process.pid
     assert http.post("/v1/completions", json={**TEXT, "prompt": "faint"}).status_code == 200
     assert wait_until(lambda: engine_of.process is not None and engine_of.process.pid != first, 60)
