@@ -150,7 +150,7 @@ def _attach(
         try:
             wrapped.merge_and_unload()
         except (NotImplementedError, AttributeError, ValueError) as e:
-            raise ConfigError(f"PEFT can't merge {kind}: {e}") from e
+            raise ConfigError(f"PEFT can't merge {kind} ({e}): vera predict runs it as it is") from e
 
     return Attached(wrapped, adapter, rest, save, load, merge if hasattr(wrapped.base_model, "merge_and_unload") else None)
 
