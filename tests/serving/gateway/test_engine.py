@@ -71,6 +71,26 @@ def test_a_child_whose_health_says_that_it_is_dead_is_started_again(world, tmp_p
     assert http.post("/v1/completions", json=TEXT).status_code == 200
 
 
+def test_a_child_that_listens_no_more_is_started_again(world, tmp_path):
+    """A server that ends waits for its open answers, and one of these never ends."""
+    url = world.gateway(ready=False, engine_url=None, engine_python=fake_python(tmp_path), model="m", model_name="child-base")
+    http, engine_of = world.http(url), world.apps[0].state.gateway.engine
+    assert wait_until(lambda: engine_of.up, 30)
+    first, results = engine_of.process.pid, []
+    silent = {**TEXT, "prompt": "silent"}
+    waiting = threading.Thread(target=lambda: results.append(world.http(url).post("/v1/completions", json=silent)))
+    waiting.start()
+    keys = world.apps[0].state.gateway.limits._keys
+    assert wait_until(lambda: any(key.running for key in keys.values()), 20)
+    time.sleep(0.5)  # from there to the engine
+    os.kill(first, signal.SIGTERM)
+    assert wait_until(lambda: engine_of.process is not None and engine_of.process.pid != first, 60)
+    waiting.join()
+    assert results[0].status_code == 503 and "engine_unavailable" in results[0].text
+    assert wait_until(lambda: http.get("/ready").status_code == 200, 30)
+    assert http.post("/v1/completions", json=TEXT).status_code == 200
+
+
 def test_a_child_that_never_starts_is_tried_with_pauses(world, tmp_path):
     python = fake_python(tmp_path)
     url = world.gateway(ready=False, engine_url=None, engine_python=python, model="m", engine_args="--die-at-start")

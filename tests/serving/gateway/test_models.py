@@ -143,9 +143,30 @@ def test_a_put_between_question_and_answer_is_answered_by_the_new_version(world)
     names.live = live
     assert say(http).startswith(f"{new} says")
     assert [body["model"] for _, body in world.fake.asked] == [old, new]
+
+
+def test_what_the_store_says_is_live_is_never_a_404(world):
+    """An engine that lacks it, time and again, is the server's fault; one that lacked it twice and then has it, nobody's."""
+    http = world.http(world.gateway())
     world.fake.known = set()
-    assert http.post("/v1/completions", json={"model": "acme:ann", "prompt": "x"}).status_code == 404
-    assert len(world.fake.asked) == 4
+    answer = http.post("/v1/completions", json={"model": "acme:ann", "prompt": "x"})
+    assert answer.status_code == 503 and answer.json()["error"]["code"] == "engine_error" and answer.headers["retry-after"]
+    assert len(world.fake.asked) == 3
+
+    first, second = engine_name(world.store, "acme:ann"), []
+    inner = world.fake.read
+
+    async def read(request):
+        body = await inner(request)
+        if len(world.fake.asked) == 5:  # the version was unloaded as it was asked for; asked again, a newer one has come
+            world.store.put("acme:ann", small_adapter())
+            second.append(engine_name(world.store, "acme:ann"))
+            world.fake.known = set(second)
+        return body
+
+    world.fake.read = read
+    assert say(http).startswith(f"{second[0]} says")
+    assert [body["model"] for _, body in world.fake.asked[3:]] == [first, first, second[0]]
 
 
 def test_versions_that_come_faster_than_answers_are_followed(world):

@@ -124,6 +124,27 @@ def test_what_is_removed_while_a_request_uses_it_leaves_memory_with_that_request
         assert mine not in held and not tables.d[slot].any() and not tables.b[slot].any(), end
 
 
+def test_a_version_that_leaves_and_the_same_one_anew_answer_in_one_batch(world, llm):
+    """Unloaded while it answers, asked for again: two numbers of one name, which vLLM's set of requests takes for one."""
+    engine, held = llm.llm_engine, manager(llm).loaded
+    before = set(held)
+    lora = lora_request(world.store, "bob")
+    engine.remove_lora(lora.lora_int_id)
+    got = {}
+    for name, prompt in zip("rst", PROMPTS, strict=False):
+        engine.add_request(name, {"prompt_token_ids": prompt}, greedy(), lora_request=lora)
+        for out in engine.step():
+            got |= {out.request_id: list(out.outputs[0].token_ids)} if out.finished else {}
+        if name != "t":
+            assert engine.remove_lora(lora.lora_int_id)
+    assert len(set(held) - before) == 3 and not got
+    while engine.has_unfinished_requests():
+        for out in engine.step():
+            got |= {out.request_id.partition("-")[0]: list(out.outputs[0].token_ids)} if out.finished else {}
+    assert [got[name] for name in "rst"] == world.merged("bob")[:3]
+    assert len(set(held) - before) == 1
+
+
 def test_another_basis_takes_the_place_of_one_that_no_request_uses(world, llm):
     world.put("seeded", 8, seed=9)
     assert world.check(llm, ["ann"]) == world.check(llm, ["seeded"]) == 4

@@ -16,6 +16,8 @@ from .errors import LOG, ApiError, shown, store_unavailable
 
 ENGINE_NAMES = re.compile(rf"{NAME.pattern}@\d{{1,18}}-[0-9a-f]{{12}}")
 ABOUT_SECONDS, LOOK_SECONDS = 30.0, 2.0
+SILENT, ABSENT = 0, -1
+"""In place of a status: nothing came, and nobody listens at the port."""
 COUNTS = 32
 """Questions for a count of tokens at a time: they come before the queue, and must not take the connections of what runs."""
 IDLE_SECONDS = 2.0
@@ -108,8 +110,8 @@ class EngineClient:
         return await self.health() == 200
 
     async def health(self) -> int:
-        """The status of the engine's /health; 0 where none comes. All who ask at a time share one look: /ready is open
-        to everybody."""
+        """The status of the engine's /health; SILENT where none comes, ABSENT where nobody listens. All who ask at a time share
+        one look: /ready is open to everybody."""
         if self._looking is None or self._looking.done():
             self._looking = asyncio.ensure_future(self._look())
         return await asyncio.shield(self._looking)
@@ -118,8 +120,8 @@ class EngineClient:
         try:
             async with self._failing():
                 return (await self._looks.get(self._url("/health"), headers=self._headers())).status_code
-        except ApiError:
-            return 0
+        except ApiError as e:
+            return ABSENT if isinstance(e.__cause__, httpx2.ConnectError) else SILENT
 
     async def about(self, fresh: bool = False) -> About:
         """Asked again after a restart, and now and then: by one at a time, as vLLM lists every adapter it has with it."""
@@ -241,6 +243,12 @@ class EngineClient:
 def unavailable(message: str, code: str = "engine_unavailable") -> ApiError:
     """503, with the advice to try again."""
     return ApiError(503, message + " Try again in 2 seconds.", code=code, headers={"Retry-After": "2"})
+
+
+def not_found_by_engine(asked: str) -> ApiError:
+    """503 where the engine lacks what the store says is live: a 404 would tell the client that its model is gone."""
+    LOG.error('the engine finds no "%s", though the store has it: does the engine read the same store?', asked)
+    return unavailable("The engine doesn't find this model's live version.", "engine_error")
 
 
 def encode(body: Any) -> bytes:

@@ -15,13 +15,14 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from ...errors import ConfigError
+from .client import ABSENT
 from .errors import LOG
 from .metrics import Metrics
 from .settings import ENGINE_KEY, GatewaySettings
 
 LOOK_SECONDS = 1.0
 DEAD_LOOKS = 3
-"""In a row: so often /health is 503 before an engine that was well is taken for dead."""
+"""In a row: so often /health is 503, or nobody listens, before an engine that was well is taken for dead."""
 LONGEST_PAUSE = 30.0
 STOP_SECONDS = 15.0
 KEEP_SECONDS = 75
@@ -44,7 +45,7 @@ class Engine:
         self._task: asyncio.Task[None] | None = None
 
     def start(self, health: Callable[[], Awaitable[int]]) -> None:
-        """Begins to look after it, in a task. health: the status of its /health, 0 where none comes."""
+        """Begins to look after it, in a task. health: EngineClient's."""
         self._task = asyncio.create_task(self._look_after(health))
 
     async def stop(self) -> None:
@@ -132,15 +133,16 @@ class ChildEngine(Engine):
                 LOG.error("the engine ended with code %s", self.process.returncode)
                 return
             status = await health()
-            lived, gone = lived or status == 200, gone + 1 if lived and status == 503 else 0
+            lived, gone = lived or status == 200, gone + 1 if lived and status in (503, ABSENT) else 0
             answered = max(answered, time.monotonic()) if status == 200 else answered
             self._note(status == 200)
-            if gone == DEAD_LOOKS:  # vLLM's server outlives the process that computes
-                LOG.error("the engine says that it is dead: it is ended")
-                return
+            if gone == DEAD_LOOKS:
+                # vLLM's server outlives the process that computes, and ends only when its last connection does.
+                LOG.error("the engine %s: it is ended", "says that it is dead" if status == 503 else "listens no more")
+                return self.process.kill()
             if time.monotonic() - answered > self.settings.engine_hung_seconds:
                 LOG.error("the engine hasn't answered for too long: it is ended")
-                return
+                return self.process.kill()
 
     async def _end(self) -> None:
         """Asks the child and its own children to end, and sees to it after a while."""

@@ -233,7 +233,11 @@ class Manager:
 
     def set_active_adapters(self, requests: Iterable[Any], mapping: Any | None) -> None:
         """Before a forward: the adapters of its requests in slots, and which slot each token uses."""
-        wanted = [r.lora_int_id for r in requests if r]
+        wanted = {r.lora_int_id for r in requests if r}
+        if mapping is not None:
+            # vLLM's set of requests is one of names: of a version that was unloaded while it answered and loaded again, it has
+            # one number, and the tokens have both.
+            wanted |= {int(number) for number in set(mapping.index_mapping)} - {0}
         if len(wanted) > self.slots:
             raise RuntimeError(f"a step has {len(wanted)} adapters, and there are {self.slots} slots (--max-loras)")
         for number in wanted:
