@@ -1,8 +1,8 @@
 """An engine of the tests' own that speaks vLLM's dialect: it answers with the name it was asked for, and fails when told to.
 
-A prompt may hold orders: "slow" streams a piece each 0.05 s, "fail:STATUS" answers with that status, "says:TEXT" with that text
-at its end, "faint" makes /health 503 from then on, "die" breaks the stream off, "silent" never answers. Run
-as a program it is an engine that a gateway starts:
+A prompt may hold orders: "slow" streams a piece each 0.05 s, "fail:STATUS" answers with that status, "type:NAME" with that
+type of error, "says:TEXT" with that text at its end, "faint" makes /health 503 from then on, "die" breaks the stream off,
+"silent" never answers. Run as a program it is an engine that a gateway starts:
 python -m tests.serving.gateway.fake --port …
 """
 
@@ -118,7 +118,8 @@ class Fake:
         if found := re.search(r"fail:(\d+)", text):
             said = re.search(r"says:([^\s\"]+)", text)
             words = f"{model} and globex:secret@3-0123456789ab failed" + (f" at {said[1]}" if said else "")
-            error = {"error": {"message": words, "code": int(found[1])}}
+            kind = re.search(r"type:(\w+)", text)
+            error = {"error": {"message": words, "code": int(found[1]), **({"type": kind[1]} if kind else {})}}
             return JSONResponse(error, int(found[1]))
         self.fainted |= "faint" in text
         if "silent" in text:

@@ -16,6 +16,7 @@ import openai
 import pytest
 
 from tests.serving.gateway.fake import Fake, fake_python, serving, wait_until
+from veralib.errors import ConfigError
 from veralib.serving.gateway import engine
 from veralib.serving.gateway.client import COUNTS, EngineClient
 from veralib.serving.gateway.errors import ApiError
@@ -168,6 +169,21 @@ def test_what_the_engine_refuses(world, status, expected):
     http = world.http(world.gateway())
     answer = http.post("/v1/completions", json={**TEXT, "prompt": f"fail:{status}"})
     assert answer.status_code == expected and (answer.headers.get("retry-after") is not None) == (expected == 503)
+
+
+def test_an_engine_that_says_why_it_cannot_now_is_quoted(world):
+    http = world.http(world.gateway())
+    away = http.post("/v1/completions", json={**TEXT, "prompt": "fail:503 type:store_unavailable"})
+    assert (away.status_code, away.json()["error"]["code"]) == (503, "store_unavailable")
+    full = http.post("/v1/completions", json={**TEXT, "prompt": "fail:503 type:ServiceUnavailableError"})
+    error = full.json()["error"]
+    assert full.status_code == 503 and error["code"] == "overloaded" and error["message"].startswith("acme:ann and … failed")
+
+
+def test_jobs_of_a_rank_that_the_engine_does_not_take(world):
+    options = {"model": "m", "model_name": "b", "engine": "vllm", "engine_url": None, "max_rank": 32}
+    with pytest.raises(ConfigError, match=r"rank 64, .* up to 32: give --max-rank 64"):
+        world.gateway(ready=False, **options)
 
 
 def test_the_engine_is_asked_with_its_own_key_never_with_the_clients(world, monkeypatch):

@@ -151,7 +151,8 @@ def test_a_basis_in_use_and_a_store_that_is_away_are_no_fault_of_the_request(ser
     folder = Path(server.store.files.root)
     folder.rename(folder.with_suffix(".away"))
     for name in ("bob", "seeded", "nobody"):
-        assert server.refused(name)[0] == 503, name
+        refusal = server.post("/v1/completions", {"model": name, "prompt": PROMPT, "max_tokens": 1})
+        assert (refusal.status_code, refusal.json()["error"]["type"]) == (503, "store_unavailable"), name
     assert server.ask("base")[0] == "base"
     folder.with_suffix(".away").rename(folder)
     assert server.ask("bob")[0] == engine_name(server.store, "bob")

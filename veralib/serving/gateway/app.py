@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import FastAPI
 
 from ... import __version__
+from ...errors import ConfigError
 from ...store import open_store
 from . import errors
 from .auth import OPEN, Authenticate
@@ -76,6 +77,11 @@ def make_app(settings: GatewaySettings) -> FastAPI:
     app.state.background = list[Callable[[], Coroutine[Any, Any, None]]]()
     app.state.draining = False
     learns = read_settings(settings.jobs, settings.model, settings.base_name or "")
+    if settings.engine == "vllm" and settings.engine_url is None and learns.model and learns.rank > settings.max_rank:
+        raise ConfigError(
+            f"jobs train adapters of rank {learns.rank}, and the engine takes up to {settings.max_rank}: give --max-rank "
+            f"{learns.rank} or more, or a smaller rank for jobs."
+        )
     install(app, Learning(settings.state, store, learns))
     errors.install(app)
     open_paths = OPEN | {"/metrics"} if settings.open_metrics else OPEN

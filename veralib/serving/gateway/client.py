@@ -195,8 +195,11 @@ class EngineClient:
             return ApiError(400, f"The engine has no {answer.request.url.path} for this model.", code="unsupported")
         if status in (400, 413, 422):
             return ApiError(status, self.clean(message, asked, called), code="invalid_request")
-        if status == 503 and error_of(answer).get("code") == "store_unavailable":
+        error = error_of(answer)
+        if status == 503 and "store_unavailable" in (error.get("code"), error.get("type")):
             return store_unavailable()
+        if status == 503 and error.get("type") == "ServiceUnavailableError":  # the plugin's own words
+            return unavailable(self.clean(message, asked, called), code="overloaded")
         if status in (429, 503):
             return unavailable("The engine is overloaded.", code="overloaded")
         LOG.warning("the engine answered %d: %s", status, shown(message, 2000))

@@ -24,22 +24,27 @@ from .settings import Settings, check_with_lora, settings_of
 from .wire import STORE, pack, request_id
 
 _LOG = logging.getLogger("vllm.veralib")
+KINDS = {
+    HTTPStatus.NOT_FOUND: "NotFoundError",
+    HTTPStatus.BAD_REQUEST: "BadRequestError",
+    HTTPStatus.SERVICE_UNAVAILABLE: "ServiceUnavailableError",
+}
+STORE_AWAY = "store_unavailable"
+"""As the embedded engine calls it."""
 
 
 class Refusal(Exception):
-    """Why a request can't have its adapter, and the HTTP status that says so."""
+    """Why a request can't have its adapter, the HTTP status that says so, and the error's type in the answer."""
 
-    def __init__(self, status: HTTPStatus, text: str) -> None:
+    def __init__(self, status: HTTPStatus, text: str, kind: str | None = None) -> None:
         super().__init__(text)
-        self.status, self.text = status, text
+        self.status, self.text, self.kind = status, text, kind or KINDS[status]
 
     def answer(self) -> Any:
         """As vLLM's ErrorResponse."""
         from vllm.entrypoints.serve import create_error_response
 
-        kind = "NotFoundError" if self.status == HTTPStatus.NOT_FOUND else "BadRequestError"
-        kind = "ServiceUnavailableError" if self.status == HTTPStatus.SERVICE_UNAVAILABLE else kind
-        return create_error_response(self.text, err_type=kind, status_code=self.status, param="model")
+        return create_error_response(self.text, err_type=self.kind, status_code=self.status, param="model")
 
 
 class Adapters:
@@ -173,9 +178,8 @@ class Adapters:
         except UnknownName as e:
             raise Refusal(HTTPStatus.NOT_FOUND, str(e).partition(" Did you mean")[0]) from e  # names are for who owns them
         except (StoreUnavailable, OSError) as e:
-            raise Refusal(
-                HTTPStatus.SERVICE_UNAVAILABLE, f"the store of adapters can't be read: {str(e).rstrip('.')}. Ask again."
-            ) from e
+            text = f"the store of adapters can't be read: {str(e).rstrip('.')}. Ask again."
+            raise Refusal(HTTPStatus.SERVICE_UNAVAILABLE, text, STORE_AWAY) from e
         except VeraError as e:
             raise Refusal(HTTPStatus.BAD_REQUEST, str(e)) from e
 
