@@ -261,19 +261,21 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     wanted = [options.only] if options.only else [*MODELS, "registered"]
     rounds = 1 if options.quick else options.rounds
+    out = options.out or (None if options.quick else OUT)
+    results: dict[str, Any] = json.loads(out.read_text()) if options.only and out is not None and out.exists() else {}
+    results |= {"run": "embedded", "targets": "all-linear", "rounds": options.rounds}
+    results.setdefault("models", {})
     with measure.alone():
         environment = measure.environment()
-        models = {}
         for name in [name for name in wanted if name in MODELS]:
             build, work = MODELS[name]
-            models[name] = measure_model(build, QUICK if options.quick else work, rounds)
-        results = {"run": "embedded", "targets": "all-linear", "rounds": options.rounds, "environment": environment}
-        results["models"] = models
+            results["models"][name] = measure_model(build, QUICK if options.quick else work, rounds)
+            results["environment"] = environment
         if "registered" in wanted:
             counts = (8, 16) if options.quick else REGISTERED
             results["registered"] = measure_registered(counts, QUICK if options.quick else Work(32, 8, 8), rounds)
+            results["registered_environment"] = environment
     print(table(results))
-    out = options.out or (None if options.quick else OUT)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
