@@ -1,8 +1,8 @@
 """Where vLLM's memory goes while it serves: `python -m benchmarks.vllm_memory [--out FILE]`, in vLLM's environment, five minutes.
 
-models/books-4m on the processor, one thread: once as vLLM comes, once with the plugin and adapters, each in a process of its
-own. Memory after batches of one size, after batches of all sizes from 1 to 64, after the same sizes again and again, and with
-the plugin after two thousand adapters. Writes results/serving/vllm-memory.json and .md.
+models/books-4m on the processor, one thread, each in a process of its own: as vLLM comes; with the plugin and adapters; as it
+comes, with few prepared matrix products kept. Memory after batches of one size, after batches of all sizes from 1 to 64, after
+the same sizes again and again, and with the plugin after two thousand adapters. Writes results/serving/vllm-memory.json and .md.
 """
 
 import argparse
@@ -26,7 +26,9 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "OMP_NUM_THREADS": "1",
 }
-KINDS = {"plain": "vLLM alone", "vera": "with the plugin and adapters"}
+FEW = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "8", "LRU_CACHE_CAPACITY": "8"}
+"""How many prepared products oneDNN keeps, and torch's own layer over it; 1024 each where nothing is said."""
+KINDS = {"plain": "vLLM alone", "vera": "with the plugin and adapters", "few": "vLLM alone, eight prepared products kept"}
 RANK, SLOTS, MEMORY, ADAPTERS = 64, 64, 256, 2000
 REQUESTS, PROMPT, TOKENS, AGAIN = 64, 12, 3, 3
 
@@ -34,8 +36,10 @@ REQUESTS, PROMPT, TOKENS, AGAIN = 64, 12, 3, 3
 def measured(kind: str) -> list[tuple[str, float]]:
     """[(after what, MiB of this process)]."""
     os.environ.update(ENVIRONMENT)
-    if kind == "plain":
+    if kind != "vera":
         os.environ["VLLM_PLUGINS"] = ""
+    if kind == "few":
+        os.environ.update(FEW)
     import psutil
     from vllm import LLM, SamplingParams
 
@@ -103,7 +107,7 @@ def render(result: dict[str, Any]) -> str:
         "",
         "Rendered by `python -m benchmarks.vllm_memory`; nothing is typed. MiB of one process, engine and worker in it, on the "
         f"processor with one thread: models/books-4m in float32, prompts of {PROMPT} tokens; with the plugin {MEMORY} adapters "
-        f"of rank {RANK} in memory and {SLOTS} slots.",
+        f"of rank {RANK} in memory and {SLOTS} slots; the last column with {' '.join(f'{k}={v}' for k, v in FEW.items())}.",
         "",
         *(f"| after | {' | '.join(KINDS.values())} |", "|---" * (1 + len(KINDS)) + "|"),
     ]
