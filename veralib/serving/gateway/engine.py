@@ -139,10 +139,16 @@ class ChildEngine(Engine):
             if gone == DEAD_LOOKS:
                 # vLLM's server outlives the process that computes, and ends only when its last connection does.
                 LOG.error("the engine %s: it is ended", "says that it is dead" if status == 503 else "listens no more")
-                return self.process.kill()
+                return self._kill()
             if time.monotonic() - answered > self.settings.engine_hung_seconds:
                 LOG.error("the engine hasn't answered for too long: it is ended")
-                return self.process.kill()
+                return self._kill()
+
+    def _kill(self) -> None:
+        """For a child that is past asking; _end sees to its own children."""
+        with contextlib.suppress(ProcessLookupError):
+            if self.process is not None:
+                self.process.kill()
 
     async def _end(self) -> None:
         """Asks the child and its own children to end, and sees to it after a while."""
