@@ -262,23 +262,22 @@ def main(arguments: list[str] | None = None) -> int:
     wanted = [options.only] if options.only else [*MODELS, "registered"]
     rounds = 1 if options.quick else options.rounds
     out = options.out or (None if options.quick else OUT)
-    results: dict[str, Any] = json.loads(out.read_text()) if options.only and out is not None and out.exists() else {}
-    results |= {"run": "embedded", "targets": "all-linear", "rounds": options.rounds}
-    results.setdefault("models", {})
     with measure.alone():
-        environment = measure.environment()
+        results: dict[str, Any] = json.loads(out.read_text()) if options.only and out is not None and out.exists() else {}
+        results = {"run": "embedded", "targets": "all-linear", "models": {}, **results}
+        made = {"rounds": rounds, "environment": measure.environment()}
         for name in [name for name in wanted if name in MODELS]:
             build, work = MODELS[name]
             results["models"][name] = measure_model(build, QUICK if options.quick else work, rounds)
-            results["environment"] = environment
+            results |= made
         if "registered" in wanted:
             counts = (8, 16) if options.quick else REGISTERED
             results["registered"] = measure_registered(counts, QUICK if options.quick else Work(32, 8, 8), rounds)
-            results["registered_environment"] = environment
-    print(table(results))
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+            results["registered_made"] = made
+        print(table(results))
+        if out is not None:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     return 0
 
 

@@ -78,6 +78,8 @@ class Fake:
         @app.post("/v1/load_lora_adapter")
         async def load(request: Request):
             body = await self.read(request)
+            if self.known is not None and body["lora_name"] not in self.known:
+                return self.unknown(body["lora_name"])
             if self.failing == 404:
                 return JSONResponse({"detail": "Not Found"}, 404)
             if self.failing:
@@ -108,11 +110,14 @@ class Fake:
         self.headers.append(dict(request.headers))
         return body
 
+    def unknown(self, model):
+        return JSONResponse({"error": {"message": f"The model `{model}` does not exist.", "code": "model_not_found"}}, 404)
+
     async def generate(self, request, field):
         body = await self.read(request)
         model, text = body["model"], json.dumps(body[field])
         if self.known is not None and model != self.base and model not in self.known:
-            return JSONResponse({"error": {"message": f"The model `{model}` does not exist.", "code": "model_not_found"}}, 404)
+            return self.unknown(model)
         if model != self.base:
             self.loaded.add(model)
         if found := re.search(r"fail:(\d+)", text):

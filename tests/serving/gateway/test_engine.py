@@ -18,7 +18,8 @@ import pytest
 from tests.serving.gateway.fake import Fake, fake_python, serving, wait_until
 from veralib.errors import ConfigError
 from veralib.serving.gateway import engine
-from veralib.serving.gateway.client import COUNTS, EngineClient
+from veralib.serving.gateway.app import make_app
+from veralib.serving.gateway.client import ABSENT, COUNTS, SILENT, EngineClient
 from veralib.serving.gateway.errors import ApiError
 from veralib.serving.gateway.settings import GatewaySettings
 
@@ -72,7 +73,7 @@ def test_a_child_whose_health_says_that_it_is_dead_is_started_again(world, tmp_p
     assert http.post("/v1/completions", json=TEXT).status_code == 200
 
 
-def test_a_child_that_listens_no_more_is_started_again(world, tmp_path):
+def test_a_child_that_listens_no_more_is_started_again(world, tmp_path, caplog):
     """A server that ends waits for its open answers, and one of these never ends."""
     url = world.gateway(ready=False, engine_url=None, engine_python=fake_python(tmp_path), model="m", model_name="child-base")
     http, engine_of = world.http(url), world.apps[0].state.gateway.engine
@@ -87,6 +88,7 @@ def test_a_child_that_listens_no_more_is_started_again(world, tmp_path):
     os.kill(first, signal.SIGTERM)
     assert wait_until(lambda: engine_of.process is not None and engine_of.process.pid != first, 60)
     waiting.join()
+    assert "the engine listens no more" in caplog.text  # it didn't end by itself
     assert results[0].status_code == 503 and "engine_unavailable" in results[0].text
     assert wait_until(lambda: http.get("/ready").status_code == 200, 30)
     assert http.post("/v1/completions", json=TEXT).status_code == 200
@@ -175,15 +177,36 @@ def test_an_engine_that_says_why_it_cannot_now_is_quoted(world):
     http = world.http(world.gateway())
     away = http.post("/v1/completions", json={**TEXT, "prompt": "fail:503 type:store_unavailable"})
     assert (away.status_code, away.json()["error"]["code"]) == (503, "store_unavailable")
-    full = http.post("/v1/completions", json={**TEXT, "prompt": "fail:503 type:ServiceUnavailableError"})
-    error = full.json()["error"]
-    assert full.status_code == 503 and error["code"] == "overloaded" and error["message"].startswith("acme:ann and … failed")
+    changing = http.post("/v1/completions", json={**TEXT, "prompt": "fail:503 type:model_changing"})
+    error = changing.json()["error"]
+    assert changing.status_code == 503 and error["code"] == "model_changing" and changing.headers["retry-after"]
+    assert error["message"].startswith("acme:ann and … failed")
 
 
-def test_jobs_of_a_rank_that_the_engine_does_not_take(world):
-    options = {"model": "m", "model_name": "b", "engine": "vllm", "engine_url": None, "max_rank": 32}
-    with pytest.raises(ConfigError, match=r"rank 64, .* up to 32: give --max-rank 64"):
-        world.gateway(ready=False, **options)
+def test_an_engine_that_could_not_be_asked_is_not_absent(world, monkeypatch):
+    """A gateway without descriptors must not end an engine for it."""
+    world.gateway()
+    client = world.apps[0].state.gateway.client
+
+    async def look(error):
+        async def get(*args, **options):
+            raise httpx2.ConnectError("no connection") from error
+
+        monkeypatch.setattr(client._looks, "get", get)
+        return await client._look()
+
+    assert asyncio.run(look(ConnectionRefusedError(111, "refused"))) == ABSENT
+    assert asyncio.run(look(OSError(24, "Too many open files"))) == SILENT
+
+
+def test_jobs_of_a_rank_that_the_engine_does_not_take(world, tmp_path, caplog):
+    settings = {"state": str(tmp_path), "store": world.store_path, "model": "m", "engine": "vllm", "max_rank": 32}
+    make_app(GatewaySettings(**settings))  # nobody said that jobs come
+    assert "rank 64" in caplog.text
+    for rank in ("64", "{q_proj: 8, v_proj: 64}"):
+        (tmp_path / "jobs.yaml").write_text(f"rank: {rank}\n")
+        with pytest.raises(ConfigError, match=r"rank 64, .* up to 32: give --max-rank 64"):
+            make_app(GatewaySettings(**settings, jobs=str(tmp_path / "jobs.yaml")))
 
 
 def test_the_engine_is_asked_with_its_own_key_never_with_the_clients(world, monkeypatch):

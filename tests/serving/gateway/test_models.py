@@ -145,28 +145,45 @@ def test_a_put_between_question_and_answer_is_answered_by_the_new_version(world)
     assert [body["model"] for _, body in world.fake.asked] == [old, new]
 
 
-def test_what_the_store_says_is_live_is_never_a_404(world):
-    """An engine that lacks it, time and again, is the server's fault; one that lacked it twice and then has it, nobody's."""
+COMPLETE, LOAD = "/v1/completions", "/v1/load_lora_adapter"
+BODIES = {COMPLETE: {"model": "acme:ann", "prompt": "x"}, LOAD: {"lora_name": "acme:ann"}}
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_what_the_store_says_is_live_is_never_a_404(world, path):
     http = world.http(world.gateway())
     world.fake.known = set()
-    answer = http.post("/v1/completions", json={"model": "acme:ann", "prompt": "x"})
+    answer = http.post(path, json=BODIES[path])
     assert answer.status_code == 503 and answer.json()["error"]["code"] == "engine_error" and answer.headers["retry-after"]
     assert len(world.fake.asked) == 3
 
-    first, second = engine_name(world.store, "acme:ann"), []
-    inner = world.fake.read
+
+@pytest.mark.parametrize("path", BODIES)
+@pytest.mark.parametrize("meanwhile", ["loaded", "put", "deleted"])
+def test_what_happens_while_the_engine_lacks_a_version(world, path, meanwhile):
+    """It has been unloaded as it was asked for, and has it when it is asked again; or a newer version came; or it is gone."""
+    http, inner = world.http(world.gateway()), world.fake.read
+    first = engine_name(world.store, "acme:ann")
+    world.fake.known = set()
+
+    def put():
+        world.store.put("acme:ann", small_adapter())
+        return engine_name(world.store, "acme:ann")
 
     async def read(request):
         body = await inner(request)
-        if len(world.fake.asked) == 5:  # the version was unloaded as it was asked for; asked again, a newer one has come
-            world.store.put("acme:ann", small_adapter())
-            second.append(engine_name(world.store, "acme:ann"))
-            world.fake.known = set(second)
+        if len(world.fake.asked) == 2:
+            if meanwhile == "deleted":
+                world.store.delete("acme:ann")
+            else:
+                world.fake.known = {put() if meanwhile == "put" else first}
         return body
 
     world.fake.read = read
-    assert say(http).startswith(f"{second[0]} says")
-    assert [body["model"] for _, body in world.fake.asked[3:]] == [first, first, second[0]]
+    answer = http.post(path, json=BODIES[path])
+    asked = [body.get("model") or body["lora_name"] for _, body in world.fake.asked]
+    assert asked[:2] == [first] * 2 and answer.status_code == (404 if meanwhile == "deleted" else 200)
+    assert asked[2:] == ([engine_name(world.store, "acme:ann")] if meanwhile == "put" else [])
 
 
 def test_versions_that_come_faster_than_answers_are_followed(world):

@@ -186,10 +186,11 @@ def test_what_the_api_server_takes_for_loaded_is_in_the_engine(adapters_over):
 
 
 def refused(adapters, name):
-    """(status, words) of the Refusal."""
+    """(status, words) of the Refusal; (503, kind, words)."""
     with pytest.raises(server.Refusal) as e:
         asyncio.run(adapters.request_for(name))
-    return e.value.status, e.value.text
+    later = (e.value.kind,) if e.value.status == HTTPStatus.SERVICE_UNAVAILABLE else ()
+    return e.value.status, *later, e.value.text
 
 
 def test_unloading_takes_all_versions_out_of_memory(adapters_over):
@@ -209,6 +210,17 @@ def test_unloading_takes_all_versions_out_of_memory(adapters_over):
             asyncio.run(adapters.unload(name))
 
 
+def test_a_version_that_is_newer_than_what_is_trusted_is_found(adapters_over):
+    versions = {"ann": 1}
+    adapters = adapters_over(Residents(Core(), 32), versions)
+    adapters.settings = Settings(store="s", check_every=60.0)
+    asyncio.run(adapters.request_for("ann"))
+    versions["ann"] = 2
+    assert asyncio.run(adapters.request_for("ann")).lora_name == "ann@1-000000000000"  # trusted for a minute
+    assert asyncio.run(adapters.request_for("ann@2-000000000000")).lora_name == "ann@2-000000000000"
+    assert refused(adapters, "ann@1-000000000000")[0] == refused(adapters, "ann@3-000000000000")[0] == 404
+
+
 def test_what_failed_decides_the_status(adapters_over, monkeypatch):
     core = Core()
     core.BASES = 1
@@ -218,8 +230,9 @@ def test_what_failed_decides_the_status(adapters_over, monkeypatch):
     core.scheduler.requests["r"] = types.SimpleNamespace(lora_request=None)
     residents.admit(running := types.SimpleNamespace(lora_request=request))
     core.scheduler.requests["r"] = running
-    status, text = refused(adapters, "bob")
-    assert status == 503 and text.startswith("running requests use as many different pairs") and "seed 3" not in text
+    status, kind, text = refused(adapters, "bob")
+    assert (status, kind) == (503, "overloaded") and "seed 3" not in text
+    assert text.startswith("running requests use as many different pairs")
     core.scheduler.requests.clear()
     asyncio.run(adapters.request_for("bob"))
     assert list(adapters.models.lora_requests) == ["bob@1-000000000000"]  # ann made room, and is read again
@@ -233,7 +246,7 @@ def test_what_failed_decides_the_status(adapters_over, monkeypatch):
         raise RuntimeError("Executor failed. /usr/lib/secret.py")
 
     monkeypatch.setattr(core, "collective_rpc", dead)
-    assert refused(adapters, "cal") == (503, "the engine failed. Ask again later.")
+    assert refused(adapters, "cal") == (503, "engine_unavailable", "the engine failed.")
 
     for error, status in (
         (StoreUnavailable("can't read it: Input/output error."), 503),

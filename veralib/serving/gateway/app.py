@@ -18,7 +18,7 @@ from .client import EngineClient
 from .deletions import Deletions
 from .engine import make_engine
 from .keys import Keys
-from .learning import Learning, install, read_settings
+from .learning import Learning, LearningSettings, install, read_settings
 from .limits import Limits
 from .metrics import Metrics
 from .middleware import Admit, BodyLimits, Measure
@@ -77,11 +77,7 @@ def make_app(settings: GatewaySettings) -> FastAPI:
     app.state.background = list[Callable[[], Coroutine[Any, Any, None]]]()
     app.state.draining = False
     learns = read_settings(settings.jobs, settings.model, settings.base_name or "")
-    if settings.engine == "vllm" and settings.engine_url is None and learns.model and learns.rank > settings.max_rank:
-        raise ConfigError(
-            f"jobs train adapters of rank {learns.rank}, and the engine takes up to {settings.max_rank}: give --max-rank "
-            f"{learns.rank} or more, or a smaller rank for jobs."
-        )
+    _check_rank(settings, learns)
     install(app, Learning(settings.state, store, learns))
     errors.install(app)
     open_paths = OPEN | {"/metrics"} if settings.open_metrics else OPEN
@@ -93,3 +89,15 @@ def make_app(settings: GatewaySettings) -> FastAPI:
     for name in ROUTERS:
         app.include_router(import_module(f".{name}", __package__).router)
     return app
+
+
+def _check_rank(settings: GatewaySettings, learns: LearningSettings) -> None:
+    """ConfigError where jobs are set up to train what our own vLLM won't serve; a warning where nobody said how jobs train."""
+    rank = learns.rank if isinstance(learns.rank, int) else max(learns.rank.values())
+    if settings.engine != "vllm" or settings.engine_url is not None or rank <= settings.max_rank:
+        return
+    text = f"jobs train adapters of rank {rank}, and the engine takes up to {settings.max_rank}: give --max-rank {rank} or more, "
+    text += "or a YAML file with a smaller rank as --jobs."
+    if settings.jobs is not None:
+        raise ConfigError(text)
+    errors.LOG.warning(text)

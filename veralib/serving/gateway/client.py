@@ -18,6 +18,8 @@ ENGINE_NAMES = re.compile(rf"{NAME.pattern}@\d{{1,18}}-[0-9a-f]{{12}}")
 ABOUT_SECONDS, LOOK_SECONDS = 30.0, 2.0
 SILENT, ABSENT = 0, -1
 """In place of a status: nothing came, and nobody listens at the port."""
+LATER = ("overloaded", "model_changing", "engine_unavailable")
+"""Types of an engine's 503 that say why in words for clients, and are our codes."""
 COUNTS = 32
 """Questions for a count of tokens at a time: they come before the queue, and must not take the connections of what runs."""
 IDLE_SECONDS = 2.0
@@ -45,7 +47,7 @@ class About:
 
 
 class EngineClient:
-    """Asks one engine. Every failure is an ApiError that holds nothing of the engine's own."""
+    """Asks one engine. Every failure is an ApiError without any name of the engine's own and without paths."""
 
     def __init__(self, engine: Where, seconds: float, connections: int, hidden: tuple[str, ...] = ()) -> None:
         self.engine = engine
@@ -121,7 +123,7 @@ class EngineClient:
             async with self._failing():
                 return (await self._looks.get(self._url("/health"), headers=self._headers())).status_code
         except ApiError as e:
-            return ABSENT if isinstance(e.__cause__, httpx2.ConnectError) else SILENT
+            return ABSENT if _refused(e) else SILENT
 
     async def about(self, fresh: bool = False) -> About:
         """Asked again after a restart, and now and then: by one at a time, as vLLM lists every adapter it has with it."""
@@ -198,8 +200,8 @@ class EngineClient:
         error = error_of(answer)
         if status == 503 and "store_unavailable" in (error.get("code"), error.get("type")):
             return store_unavailable()
-        if status == 503 and error.get("type") == "ServiceUnavailableError":  # the plugin's own words
-            return unavailable(self.clean(message, asked, called), code="overloaded")
+        if status == 503 and error.get("type") in LATER:  # of vLLM with the plugin
+            return unavailable(self.clean(message, asked, called), code=error["type"])
         if status in (429, 503):
             return unavailable("The engine is overloaded.", code="overloaded")
         LOG.warning("the engine answered %d: %s", status, shown(message, 2000))
@@ -248,10 +250,13 @@ def unavailable(message: str, code: str = "engine_unavailable") -> ApiError:
     return ApiError(503, message + " Try again in 2 seconds.", code=code, headers={"Retry-After": "2"})
 
 
-def not_found_by_engine(asked: str) -> ApiError:
-    """503 where the engine lacks what the store says is live: a 404 would tell the client that its model is gone."""
-    LOG.error('the engine finds no "%s", though the store has it: does the engine read the same store?', asked)
-    return unavailable("The engine doesn't find this model's live version.", "engine_error")
+def _refused(e: BaseException | None) -> bool:
+    """Whether a connection was refused. One that this process couldn't make, for want of descriptors, is another matter."""
+    while e is not None:
+        if isinstance(e, ConnectionRefusedError):
+            return True
+        e = e.__cause__ or e.__context__
+    return False
 
 
 def encode(body: Any) -> bytes:

@@ -24,7 +24,8 @@ LOOK_SECONDS = 1.0
 DEAD_LOOKS = 3
 """In a row: so often /health is 503, or nobody listens, before an engine that was well is taken for dead."""
 LONGEST_PAUSE = 30.0
-STOP_SECONDS = 15.0
+STOP_SECONDS, DEAD_SECONDS = 15.0, 1.0
+"""From SIGTERM to SIGKILL: for an engine, and for what is left of one that is dead."""
 KEEP_SECONDS = 75
 """How long our engine keeps an idle connection: longer than the gateway does, also when it is too busy to look at the clock."""
 LOG_BYTES = 10 * 2**20
@@ -86,25 +87,25 @@ class ChildEngine(Engine):
     async def _look_after(self, health: Callable[[], Awaitable[int]]) -> None:
         pause = 0.0
         while True:
-            began = time.monotonic()
+            began, seconds = time.monotonic(), STOP_SECONDS
             try:
-                await self._run(health)
+                seconds = await self._run(health)
             finally:
                 self._note(False)
                 self.url = None
-                await self._end()
+                await self._end(seconds)
             pause = 0.0 if time.monotonic() - began > 60 else min(LONGEST_PAUSE, max(1.0, 2 * pause))
             LOG.warning("the engine is started again in %g s; its output is in %s", pause, self.log)
             self.metrics.restarts.inc()
             await asyncio.sleep(pause)
 
-    async def _run(self, health: Callable[[], Awaitable[int]]) -> None:
-        """One life of a child, until it ends or hangs."""
+    async def _run(self, health: Callable[[], Awaitable[int]]) -> float:
+        """One life of a child, until it ends or hangs; how many seconds it has for its end."""
         port = free_port()
         argv = command(self.settings, port)
         if shutil.which(argv[0]) is None:
             LOG.error('can\'t start the engine: "%s" is no program. Give its Python with --engine-python', argv[0])
-            return
+            return STOP_SECONDS
         self.log.parent.mkdir(parents=True, exist_ok=True)
         if self.log.is_file() and self.log.stat().st_size > LOG_BYTES:
             os.replace(self.log, self.log.with_suffix(".log.1"))
@@ -120,7 +121,7 @@ class ChildEngine(Engine):
                 )
             except OSError as e:
                 LOG.error("can't start the engine: %s", e)
-                return
+                return STOP_SECONDS
         self.run += 1
         self.url = f"http://127.0.0.1:{port}"
         LOG.info("engine %d starts at %s; its output goes to %s", self.process.pid, self.url, self.log)
@@ -131,7 +132,7 @@ class ChildEngine(Engine):
                 async with asyncio.timeout(LOOK_SECONDS if self.up else 0.2):
                     await self.process.wait()
                 LOG.error("the engine ended with code %s", self.process.returncode)
-                return
+                return STOP_SECONDS
             status = await health()
             lived, gone = lived or status == 200, gone + 1 if lived and status in (503, ABSENT) else 0
             answered = max(answered, time.monotonic()) if status == 200 else answered
@@ -139,19 +140,13 @@ class ChildEngine(Engine):
             if gone == DEAD_LOOKS:
                 # vLLM's server outlives the process that computes, and ends only when its last connection does.
                 LOG.error("the engine %s: it is ended", "says that it is dead" if status == 503 else "listens no more")
-                return self._kill()
+                return DEAD_SECONDS
             if time.monotonic() - answered > self.settings.engine_hung_seconds:
                 LOG.error("the engine hasn't answered for too long: it is ended")
-                return self._kill()
+                return STOP_SECONDS
 
-    def _kill(self) -> None:
-        """For a child that is past asking; _end sees to its own children."""
-        with contextlib.suppress(ProcessLookupError):
-            if self.process is not None:
-                self.process.kill()
-
-    async def _end(self) -> None:
-        """Asks the child and its own children to end, and sees to it after a while."""
+    async def _end(self, seconds: float) -> None:
+        """Asks the child and its own children to end, and sees to it after so many seconds."""
         process, self.process = self.process, None
         if process is None:
             return
@@ -159,7 +154,7 @@ class ChildEngine(Engine):
             if process.returncode is None:
                 os.killpg(process.pid, signal.SIGTERM)
                 with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(STOP_SECONDS):
+                    async with asyncio.timeout(seconds):
                         await process.wait()
             os.killpg(process.pid, signal.SIGKILL)  # what is left of its group, such as vLLM's workers
         with contextlib.suppress(TimeoutError):

@@ -28,7 +28,7 @@ class LearningSettings:
     revision: str | None = None
     dtype: str = "float32"
     quantise: str | None = None
-    rank: int = 64
+    rank: int | Mapping[str, int] = 64
     targets: str | tuple[str, ...] = "all-linear"
     basis_seed: int = 0
     options: Mapping[str, Any] = field(default_factory=dict)

@@ -40,7 +40,7 @@ class Metrics:
         self.tokens = Counter("vera_tokens", "Tokens read (in) and written (out).", ["direction"], **r)
         self.refused = Counter("vera_refused", "Requests that a limit turned away.", ["limit"], **r)
         self.disconnects = Counter("vera_disconnects", "Clients that left before their answer ended.", **r)
-        self.retries = Counter("vera_version_retries", "Requests sent twice as the adapter had changed in between.", **r)
+        self.retries = Counter("vera_version_retries", "Further questions as the engine lacked the version that was live.", **r)
         self.running = Gauge("vera_running", "Requests that the engine has.", **r)
         self.waiting = Gauge("vera_waiting", "Requests in the queue.", **r)
         self.engine_up = Gauge("vera_engine_up", "1 where the engine answers.", **r)

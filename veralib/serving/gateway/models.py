@@ -3,17 +3,22 @@
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from ...errors import StoreError, StoreUnavailable, UnknownName, nearest
 from ...store import Store, Version
 from ..names import engine_name, is_name
-from .errors import ApiError, shown
+from .client import unavailable
+from .errors import LOG, ApiError, shown
 from .tenants import Tenant
 
 T = TypeVar("T")
+VERSIONS = 20
+"""How many versions of a model one request follows, where each is outdated when its turn has come."""
+REFUSALS = 3
+"""How often in a row an engine may have no such model, while the one that is live is still the same."""
 NEAR_NAMES, NEAR_SECONDS, NEAR_TENANTS = 200, 30.0, 1000
 
 
@@ -106,3 +111,24 @@ class Names:
         while len(self._near) > NEAR_TENANTS:
             self._near.popitem(last=False)
         return names
+
+
+async def follow(asked: str, live: Callable[[], Awaitable[str]], ask: Callable[[str], Awaitable[bool]], again: Callable) -> None:
+    """Asks the engine for `asked`; where it has no such model, for the one that is live then: a newer version came meanwhile, or
+    this one was just unloaded.
+
+    live: the engine's name of what is live; raises a 404 where nothing is. ask: whether the engine had it. again: called
+    before each further question. ApiError 503 where the engine goes on having no such model.
+    """
+    refused = 0
+    for _ in range(VERSIONS):
+        if await ask(asked):
+            return
+        latest = await live()
+        refused = refused + 1 if latest == asked else 0
+        if refused == REFUSALS:
+            LOG.error('the engine has no "%s", which is live: does it read the same store?', asked)
+            raise unavailable("The engine doesn't find this model, though it is there.", "engine_error")
+        asked = latest
+        again()
+    raise unavailable("This model gets new versions faster than the engine can be asked for them.", "model_changing")

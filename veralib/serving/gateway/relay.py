@@ -10,18 +10,14 @@ import httpx2
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from .client import About, EngineClient, names_no_model, not_found_by_engine, read_json, unavailable
+from .client import About, EngineClient, names_no_model, read_json, unavailable
 from .errors import ApiError, error_response, json_response
 from .lengths import fit
 from .limits import Limits, Ticket
 from .metrics import Metrics
-from .models import Names
+from .models import Names, follow
 from .tenants import Tenant
 
-VERSIONS = 20
-"""How many versions of a model one request follows, where each is outdated when its turn has come."""
-REFUSALS = 3
-"""How often an engine may say that it has no such model while the store says that this is the live version."""
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
@@ -89,27 +85,29 @@ class Relay(Response):
         return about.name if self.called == (self.base_name or about.name) else await self.names.live(self.tenant, self.called)
 
     async def _ask(self, asked: str, body: dict[str, Any], ticket: Ticket, scope: Scope, receive: Receive, send: Send) -> None:
-        began, refused = time.perf_counter(), 0
-        for attempt in range(VERSIONS):
-            async with self.client.stream(self.path, {"model": asked, **body}) as answer:
-                streams = answer.headers.get("content-type", "").startswith("text/event-stream")
-                if answer.status_code == 200 and streams:
-                    return await self._pass_on(answer, asked, ticket, began, send)
+        began, fresh = time.perf_counter(), True
+
+        async def live() -> str:
+            nonlocal fresh
+            about, fresh = await self.client.about(fresh), False  # perhaps the engine has another base model
+            return await self._asked(about)
+
+        async def ask(name: str) -> bool:
+            async with self.client.stream(self.path, {"model": name, **body}) as answer:
+                if answer.status_code == 200 and answer.headers.get("content-type", "").startswith("text/event-stream"):
+                    await self._pass_on(answer, name, ticket, began, send)
+                    return True
                 await answer.aread()
-            if answer.status_code == 200:
-                content = read_json(answer)
-                self._count(content, ticket)
-                return await json_response(self._renamed(content), 200)(scope, receive, send)
-            if not names_no_model(answer):
-                raise self.client.failed(answer, asked, self.called)
-            # The adapter has a newer version than a moment ago or was just unloaded, or the engine has another base model.
-            self.metrics.retries.inc()
-            latest = await self._asked(await self.client.about(fresh=attempt == 0))
-            refused = refused + 1 if latest == asked else 0
-            if refused == REFUSALS:
-                raise not_found_by_engine(asked)
-            asked = latest
-        raise unavailable("This model gets new versions faster than the engine can be asked for them.", "model_changing")
+            if names_no_model(answer):
+                return False
+            if answer.status_code != 200:
+                raise self.client.failed(answer, name, self.called)
+            content = read_json(answer)
+            self._count(content, ticket)
+            await json_response(self._renamed(content), 200)(scope, receive, send)
+            return True
+
+        await follow(asked, live, ask, self.metrics.retries.inc)
 
     async def _pass_on(self, answer: httpx2.Response, asked: str, ticket: Ticket, began: float, send: Send) -> None:
         headers = [(k.lower().encode(), v.encode()) for k, v in {"Content-Type": "text/event-stream", **STREAM_HEADERS}.items()]

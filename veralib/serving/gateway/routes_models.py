@@ -10,11 +10,11 @@ from starlette.responses import Response
 
 from ...errors import StoreError, UnknownName
 from .auth import Caller
-from .client import names_no_model, not_found_by_engine
+from .client import names_no_model
 from .errors import ApiError, json_response
 from .learning import Here as Learns
 from .learning import Learning
-from .relay import REFUSALS
+from .models import follow
 from .routes_generate import ERRORS
 from .schemas import AdapterRequest, RollbackRequest
 from .state import Gateway, Here
@@ -105,15 +105,19 @@ async def delete_model(name: str, request: Request, tenant: Caller, here: Here, 
 @router.post("/v1/load_lora_adapter", responses=ERRORS)
 async def load_adapter(body: AdapterRequest, tenant: Caller, here: Here) -> Response:
     """Brings the current version into the engine's memory, so that its first request needn't wait for the store."""
-    for _ in range(REFUSALS):
-        asked = await here.names.live(tenant, body.lora_name)
+
+    async def live() -> str:
+        return await here.names.live(tenant, body.lora_name)
+
+    async def load(asked: str) -> bool:
         answer = await here.client.post("/v1/load_lora_adapter", {"lora_name": asked, "lora_path": asked})
-        if not names_no_model(answer):
-            break
-    else:  # not the newest version, time and again
-        raise not_found_by_engine(asked)
-    if answer.status_code != 200:
-        raise here.client.failed(answer, asked, body.lora_name)
+        if names_no_model(answer):
+            return False
+        if answer.status_code != 200:
+            raise here.client.failed(answer, asked, body.lora_name)
+        return True
+
+    await follow(await live(), live, load, here.metrics.retries.inc)
     return json_response({"id": body.lora_name, "object": "model", "loaded": True})
 
 

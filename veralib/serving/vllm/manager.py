@@ -235,9 +235,9 @@ class Manager:
         """Before a forward: the adapters of its requests in slots, and which slot each token uses."""
         wanted = {r.lora_int_id for r in requests if r}
         if mapping is not None:
-            # vLLM's set of requests is one of names: of a version that was unloaded while it answered and loaded again, it has
-            # one number, and the tokens have both.
-            wanted |= {int(number) for number in set(mapping.index_mapping)} - {0}
+            # LoRARequests are equal by name: of a version that was unloaded while it answered and then loaded again, the set
+            # keeps only one of two numbers. The tokens carry both.
+            wanted |= {int(number) for number in set(mapping.index_mapping) if number > 0}
         if len(wanted) > self.slots:
             raise RuntimeError(f"a step has {len(wanted)} adapters, and there are {self.slots} slots (--max-loras)")
         for number in wanted:

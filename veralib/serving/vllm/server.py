@@ -27,10 +27,10 @@ _LOG = logging.getLogger("vllm.veralib")
 KINDS = {
     HTTPStatus.NOT_FOUND: "NotFoundError",
     HTTPStatus.BAD_REQUEST: "BadRequestError",
-    HTTPStatus.SERVICE_UNAVAILABLE: "ServiceUnavailableError",
+    HTTPStatus.SERVICE_UNAVAILABLE: "engine_unavailable",
 }
-STORE_AWAY = "store_unavailable"
-"""As the embedded engine calls it."""
+STORE_AWAY, CHANGING, FULL = "store_unavailable", "model_changing", "overloaded"
+"""Other types of a 503; the gateway passes them on as codes."""
 
 
 class Refusal(Exception):
@@ -91,7 +91,7 @@ class Adapters:
             finally:
                 if not lock.locked():
                     self._locks.pop(current, None)
-        raise Refusal(HTTPStatus.SERVICE_UNAVAILABLE, f'adapter "{name}" changes faster than it can be loaded: ask again.')
+        raise Refusal(HTTPStatus.SERVICE_UNAVAILABLE, f'adapter "{name}" changes faster than it can be loaded.', CHANGING)
 
     async def _version(self, name: str, trust: bool = True) -> str:
         plain = name
@@ -109,6 +109,8 @@ class Adapters:
                     self._current.clear()
                 self._current[plain] = (now, current)
         if plain != name and name != current:
+            if trust and self.settings.check_every:  # perhaps newer than what is trusted
+                return await self._version(name, trust=False)
             raise _unknown(name)
         return current
 
@@ -169,7 +171,8 @@ class Adapters:
                 raise Refusal(HTTPStatus.BAD_REQUEST, str(refusal)) from e
             if refusal is None:
                 _LOG.error("the engine failed while adapters were loaded or unloaded: %r", e)
-            raise Refusal(HTTPStatus.SERVICE_UNAVAILABLE, str(refusal or "the engine failed. Ask again later.")) from e
+                raise Refusal(HTTPStatus.SERVICE_UNAVAILABLE, "the engine failed.") from e
+            raise Refusal(HTTPStatus.SERVICE_UNAVAILABLE, str(refusal), FULL) from e
 
     async def _ask(self, function: Any, *args: Any) -> Any:
         """A call that reads the store, in a thread: a slow disk or bucket holds up nobody else."""
