@@ -32,9 +32,10 @@ from .soak_world import BROKEN, MISSING, PROMPTS, Answer, Timeline, World, judge
 RESULTS = measure.ROOT / "results" / "serving"
 RANK, TOKENS, SLOTS = 64, 8, 64
 ENGINE_ARGS = {
-    "embedded": f"--slots {SLOTS}",
+    "embedded": f"--slots {SLOTS} --dtype float32",
     "vllm": "--enforce-eager --dtype float32 --max-model-len 64 --max-num-seqs 64 --num-gpu-blocks-override 256",
 }
+"""float32, as the answers are judged by: the checkpoint is bf16, and processors that have bf16 serve it so."""
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
