@@ -10,7 +10,7 @@ from torch import nn
 from tests.conftest import randomise, tiny_llama, tokens
 from tests.trainers import NOT_THE_MODEL, causal_rows, logits, make_trainer, same, vectors
 from veralib import AdapterMismatch, VeraConfig, VeraWarning, attach, load_adapter
-from veralib.linears import read_weight
+from veralib.linears import keep_unpacked, read_weight
 
 ALL = VeraConfig(rank=8, targets="all-linear")
 KINDS = {
@@ -53,9 +53,11 @@ def folder(tmp_path_factory):
 def load(folder, kind: str = "nf4"):
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    return AutoModelForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(
         folder, quantization_config=BitsAndBytesConfig(**KINDS[kind][1]), device_map="cpu", dtype=torch.float32
     ).eval()
+    keep_unpacked(model)  # as attach does
+    return model
 
 
 def linears(model):
@@ -115,6 +117,26 @@ def test_logits_and_gradients_equal_those_over_the_dequantised_weights(folder, k
         gradients.append(torch.cat([p.grad for p in each.parameters() if p.requires_grad]))
     assert (logits(model, ids) - logits(plain, ids)).abs().max() < 1e-4
     assert (gradients[0] - gradients[1]).norm() < 1e-4 * gradients[1].norm()
+
+
+@pytest.mark.parametrize("kind", FOUR_BIT)
+def test_a_base_that_was_used_before_has_all_its_gradients(folder, kind):
+    """On CPUs with AVX512-BF16 a forward without gradient repacks the weights, and no gradient passes them: repacked here too."""
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu
+
+    ids, gradients = tokens(), []
+    for repacked in (False, True):
+        model = load(folder, kind)
+        for module in linears(model).values() if repacked else ():
+            module.support_avx512bf16_for_cpu = True
+            state = module.weight.quant_state
+            module.weight.data, module.weight.quant_state = _convert_weight_packed_for_cpu(module.weight.data, state)
+        vera = attach(model, ALL)
+        randomise(vera, "default", size=0.1)
+        logits(model, ids)
+        model.train()(input_ids=ids, labels=ids).loss.backward()
+        gradients.append(torch.cat([p.grad for p in model.parameters() if p.requires_grad]))
+    assert (gradients[0] - gradients[1]).norm() < 2e-2 * gradients[0].norm()  # the scales were rounded to bf16
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -195,6 +217,7 @@ def test_merged_model_saves_as_a_quantised_one_that_transformers_loads(folder, k
         vera.merge()
     model.save_pretrained(tmp_path)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="cpu").eval()
+    keep_unpacked(plain)
     assert plain.is_quantized and not any("vera" in k for k in plain.state_dict())
     assert (logits(plain, ids) - logits(model, ids)).abs().max() < 1e-5 and (logits(model, ids) - before).abs().max() > 0.01
 

@@ -6,6 +6,7 @@ from torch import nn
 
 from .config import as_config
 from .errors import ConfigError, StateError
+from .linears import keep_unpacked
 from .model import Vera
 
 
@@ -31,6 +32,7 @@ def attach(model: nn.Module, config: Any = None, name: str = "default") -> Vera:
     if inside := [n for n, m in model.named_modules() if "_vera_handle" in m.__dict__]:
         raise StateError(f'"{inside[0]}" inside this model is attached already: detach it first, or use its own handle.')
     config = as_config(config, name, model)
+    keep_unpacked(model)
     vera = Vera(model)
     if config is not None:
         try:

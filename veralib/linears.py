@@ -271,6 +271,21 @@ def _unpack_for_cpu(module: nn.Module, data: Tensor, state: Any) -> tuple[Tensor
     return data, state
 
 
+def keep_unpacked(model: nn.Module) -> None:
+    """Keeps bitsandbytes from repacking 4-bit weights for CPUs with AVX512-BF16, and undoes what is repacked.
+
+    It does so in the first forward without gradients. From then on the layer computes in bf16, its scales are rounded to bf16, no
+    gradient reaches what lies below it, and inputs of less than a block (64) end in a RuntimeError (bitsandbytes 0.50).
+    """
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", None) is None:
+            continue
+        module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+        state = _quant_state(module)
+        if state is not None and getattr(state, "packing_format_for_cpu", False):
+            _set_4bit(module, *_unpack_for_cpu(module, module.weight.data, state))  # type: ignore[arg-type]
+
+
 def _set_4bit(module: nn.Module, data: Tensor, state: Any) -> None:
     module.weight.data = data  # type: ignore[union-attr]
     module.weight.quant_state = state  # type: ignore[union-attr]

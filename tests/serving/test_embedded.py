@@ -151,7 +151,7 @@ def test_books_4m_equals_its_merged_self(tmp_path):
     texts = ["Once upon a time", "She"]
     expected = merged_tokens(build(), adapters, [tokenizer.encode(t) for t in texts])
     keys = [(name, text) for text in texts for name in (None, "x", "y")]
-    with EmbeddedEngine(str(BOOKS), store) as engine:
+    with EmbeddedEngine(str(BOOKS), store, dtype="float32") as engine:
         answers = engine.generate([k[1] for k in keys], [k[0] for k in keys], GREEDY)
     assert [a.tokens for a in answers] == [expected[n, tuple(tokenizer.encode(t))] for n, t in keys]
     assert [a.text for a in answers] == [tokenizer.decode(a.tokens, skip_special_tokens=True) for a in answers]

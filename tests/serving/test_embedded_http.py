@@ -50,7 +50,8 @@ def place(tmp_path_factory):
     """(engine, address, store)."""
     store = open_store(tmp_path_factory.mktemp("store"))
     make_adapters(store, ["acme:ann", "acme:bob"])
-    with EmbeddedEngine(str(BOOKS), store, name="books", max_requests=64) as engine, served(make_app(engine)) as url:
+    engine_of = EmbeddedEngine(str(BOOKS), store, name="books", max_requests=64, dtype="float32")  # whatever the processor has
+    with engine_of as engine, served(make_app(engine)) as url:
         yield engine, url, store
 
 

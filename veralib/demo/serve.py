@@ -17,7 +17,9 @@ SETTLE_S = 20
 
 def command(model: Path, store: Path, port: int = 8000) -> list[str]:
     """What starts the server: `vera` and its arguments."""
-    return ["vera", "serve", "--model", str(model), "--store", str(store), "--no-auth", "--port", str(port)]
+    # As the fleet was trained: the checkpoint is bf16, and a processor that has bf16 would serve it so, with other tokens.
+    command = ["vera", "serve", "--model", str(model), "--store", str(store), "--no-auth", "--port", str(port)]
+    return [*command, "--engine-args=--dtype=float32"]
 
 
 @contextmanager

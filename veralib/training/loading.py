@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import ConfigError, VeraError, need
+from ..linears import keep_unpacked
 from .settings import WITH_HEAD, Settings
 
 
@@ -62,6 +63,7 @@ def load_base(settings: Settings, labels: Sequence[str] = ()) -> Base:
             raise
         except (OSError, ValueError, KeyError, ImportError, RuntimeError) as e:
             raise ConfigError(f'can\'t load the model "{settings.model}" for {settings.task}: {e}') from e
+    keep_unpacked(model)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if model.config.pad_token_id is None:
@@ -84,6 +86,7 @@ def _load_image_base(settings: Settings, auto: Any, options: dict[str, Any], lab
         )
     # A checkpoint that was trained on other classes has a head of another size: the head starts anew, the base must fit.
     model, info = auto.from_pretrained(settings.model, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    keep_unpacked(model)
     resized = [key for key, *_ in info["mismatched_keys"]]
     head = head_modules(model, [*info["missing_keys"], *resized])
     if inside := [key for key in resized if key.startswith(f"{model.base_model_prefix}.")]:
