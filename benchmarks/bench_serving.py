@@ -50,6 +50,7 @@ def page(folder: Path) -> str:
     others = {
         "soak-embedded.md": ("a soak through the gateway, embedded engine", "python -m benchmarks.soak"),
         "soak-vllm.md": ("the same on vLLM", "python -m benchmarks.soak --engine vllm --engine-python .venv-vllm/bin/python"),
+        "vllm-memory.md": ("where vLLM's memory goes while it serves", "python -m benchmarks.vllm_memory"),
         "rounds.md": ("ten rounds of updates of one user's model", "python -m experiments.rounds"),
     }
     lines += ["## Beside these", ""]
