@@ -113,7 +113,9 @@ class Names:
         return names
 
 
-async def follow(asked: str, live: Callable[[], Awaitable[str]], ask: Callable[[str], Awaitable[bool]], again: Callable) -> None:
+async def follow(
+    asked: str, live: Callable[[], Awaitable[str]], ask: Callable[[str], Awaitable[bool]], again: Callable[[], None]
+) -> None:
     """Asks the engine for `asked`; where it has no such model, for the one that is live then: a newer version came meanwhile, or
     this one was just unloaded.
 
