@@ -1,15 +1,15 @@
 """How methods change the weights: figures 3 and 5, intruder dimensions, and time and memory at rank 64 (table 12).
 
-    VERALIB_DATA=… python -m experiments.weights [--task cola] [--epochs 3] [--results results/weights]
+    VERALIB_DATA=… python -m experiments.weights [--task cola] [--epochs 3] [--runs out/weights] [--results results/weights]
 
-Full fine-tuning, LoRA and VeRA of rank 64 train MiniLM-L6 on one of GLUE's tasks at rates near those that results/glue chose;
-then ΔW of query and value is compared. `vera reproduce fig3`, `fig5`, `intruders` and `table12` draw what this writes.
+Full fine-tuning, LoRA and VeRA of rank 64 train MiniLM-L6 on one of GLUE's tasks at rates near those that results/glue chose,
+LoRA r=64 at the lowest of LoRA's, since at 1.5e-3 it ends with one answer for everything; then ΔW of query and value is compared.
+Runs are kept and not repeated. `vera reproduce fig3`, `fig5`, `intruders` and `table12` draw what this writes.
 """
 
 import argparse
 import json
 import os
-import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -25,7 +25,7 @@ TASKS: dict[str, dict[str, Any]] = {
 }
 METHODS: dict[str, dict[str, Any]] = {
     "full": {"method": "full", "lr": 5e-5, "lr_head": 5e-5},
-    "LoRA r=64": {"method": "lora", "rank": 64, "lr": 1.5e-3, "lr_head": 1e-2},
+    "LoRA r=64": {"method": "lora", "rank": 64, "lr": 5e-4, "lr_head": 1e-2},
     "LoRA r=1": {"method": "lora", "rank": 1, "lr": 1.5e-3, "lr_head": 1e-2},
     "VeRA r=64": {"method": "vera", "rank": 64, "lr": 3e-2, "lr_head": 1e-2},
 }
@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Trains, compares, writes weights.json."""
     from veralib.training import Settings, train
     from veralib.training.loading import load_base
-    from veralib.training.result import hardware, versions
+    from veralib.training.result import hardware, load_result, versions
 
     home = os.environ.get("VERALIB_DATA", "")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -47,6 +47,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--data", default=home, help="folder that holds glue/")
     parser.add_argument("--model", default=os.path.join(home, "minilm_l6_fp16"))
     parser.add_argument("--epochs", type=float, default=3)
+    parser.add_argument("--runs", type=Path, default=Path("out/weights"), help="the trained runs; finished ones aren't repeated")
     parser.add_argument("--results", type=Path, default=RESULTS)
     a = parser.parse_args(arguments)
     fields = {**TASKS[a.task], "data": os.path.join(a.data, TASKS[a.task]["data"])}
@@ -55,20 +56,28 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     deltas: dict[str, dict[str, Tensor]] = {}
     runs: dict[str, Any] = {}
     norms: dict[str, float] = {}
-    with tempfile.TemporaryDirectory() as scratch:
-        for name, method in METHODS.items():
-            settings = Settings(**common, **method, output=Path(scratch) / name)
+    metric = fields.get("metric", "accuracy")
+    for name, method in METHODS.items():
+        run = a.runs / f"{a.task}-{name}-lr{method['lr']:g}-epochs{a.epochs:g}".replace(" ", "-")
+        settings = Settings(**common, **method, output=run)
+        if not (run / "result.json").exists():
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as own:  # or its peak memory would be the last one's
-                result = own.submit(train, settings).result()
-            kept = ("metrics", "adapter_parameters", "adapter_bytes", "seconds_per_step", "peak_memory_bytes", "train_seconds")
-            runs[name] = {k: getattr(result, k) for k in kept}
-            base = load_base(settings, result.labels).model
-            deltas[name], found = changes(base, Path(scratch) / name, method["method"])
-            norms |= found
-            print(name, json.dumps(runs[name]["metrics"]), flush=True)
-        weights = {layer: base.get_submodule(layer).weight.detach().float() for layer in deltas["LoRA r=1"]}
+                own.submit(train, settings).result()
+        result = load_result(run)
+        changed = {k for k, v in settings.to_dict().items() if k != "output" and result.settings.get(k) != v}
+        if changed:
+            raise SystemExit(
+                f"{run} was trained with other settings ({', '.join(sorted(changed))}): delete it, or name other --runs"
+            )
+        kept = ("metrics", "adapter_parameters", "adapter_bytes", "seconds_per_step", "peak_memory_bytes", "train_seconds")
+        runs[name] = {"lr": method["lr"], "score": result.metrics[f"eval_{metric}"], **{k: getattr(result, k) for k in kept}}
+        base = load_base(settings, result.labels).model
+        deltas[name], found = changes(base, run, method["method"])
+        norms |= found
+        print(name, json.dumps(runs[name]["metrics"]), flush=True)
+    weights = {layer: base.get_submodule(layer).weight.detach().float() for layer in deltas["LoRA r=1"]}
     found_all = {
-        **{"task": a.task, "model": Path(a.model).name, "epochs": a.epochs, "runs": runs, "d_norms": norms},
+        **{"task": a.task, "model": Path(a.model).name, "epochs": a.epochs, "metric": metric, "runs": runs, "d_norms": norms},
         "cosines": cosines(deltas),
         "intruders": {name: {layer: intruders(weights[layer], d) for layer, d in of.items()} for name, of in deltas.items()},
         "change": {name: {k: float(d.norm() / weights[k].norm()) for k, d in of.items()} for name, of in deltas.items()},

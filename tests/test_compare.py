@@ -272,10 +272,17 @@ def test_every_method_of_the_second_glue_grid_can_be_attached():
 
 def test_the_weights_figures_are_drawn_from_the_experiments_file(tmp_path):
     layers = [f"encoder.layer.{i}.attention.self.{part}" for i in range(2) for part in ("query", "value")]
-    one = {"metrics": {}, "adapter_parameters": 5, "seconds_per_step": 0.2, "peak_memory_bytes": 2**21}
+    one = {"lr": 0.03, "score": 0.25, "metrics": {}, "adapter_parameters": 5, "seconds_per_step": 0.2, "peak_memory_bytes": 2**21}
     runs = {"full": one, "LoRA r=64": {**one, "seconds_per_step": 0.1}, "LoRA r=1": one, "VeRA r=64": one}
     found = {
-        **{"task": "cola", "model": "m", "epochs": 1, "runs": runs, "d_norms": {n: 0.5 + i for i, n in enumerate(layers)}},
+        **{
+            "task": "cola",
+            "model": "m",
+            "epochs": 1,
+            "metric": "matthews",
+            "runs": runs,
+            "d_norms": {n: 0.5 + i for i, n in enumerate(layers)},
+        },
         "cosines": {
             name: {n: 0.25 for n in layers if n.endswith("query")} for name in ("VeRA r=64", "LoRA r=1", "full", "random")
         },
@@ -295,5 +302,5 @@ def test_the_weights_figures_are_drawn_from_the_experiments_file(tmp_path):
         make(tmp_path, source)
     assert "| 1 | 2.500 | 3.500 |" in (tmp_path / "fig3.md").read_text() and (tmp_path / "fig3.png").stat().st_size > 1000
     assert "| VeRA r=64 | +0.2500 | +0.2500 | +0.2500 |" in (tmp_path / "fig5.md").read_text()
-    assert "| full | 12 of 40 | 12.5 % |" in (tmp_path / "intruders.md").read_text()
+    assert "| full | 0.03 | 25.0 | 12 of 40 | 12.5 % |" in (tmp_path / "intruders.md").read_text()
     assert "| full | 5 | 200 | 2.00 | 2 |" in (tmp_path / "table12.md").read_text()

@@ -82,13 +82,22 @@ def intruders(folder: Path, source: Path = FOUND) -> dict[str, Any]:
     rows = []
     for name, of in found["intruders"].items():
         change = statistics.mean(found["change"][name].values())
-        rows.append((name, f"{sum(of.values())} of {found['top'] * len(of)}", f"{100 * change:.1f} %"))
+        run = found["runs"][name]
+        rows.append(
+            (
+                name,
+                f"{run['lr']:g}",
+                f"{100 * run['score']:.1f}",
+                f"{sum(of.values())} of {found['top'] * len(of)}",
+                f"{100 * change:.1f} %",
+            )
+        )
     says = (
         f"Of the {found['top']} leading left singular vectors of W0 + ΔW of each query and value layer, those whose largest "
         f"|cosine| with any singular vector of W0 is below {found['near']:g} (Shuttleworth et al. 2024). Size: ‖ΔW‖ ÷ ‖W0‖, mean "
-        "of the layers."
+        "of the layers. One seed: the score says whether a method learned, not which is the best."
     )
-    head = ("method", "intruder dimensions", "size of ΔW")
+    head = ("method", "rate", f"{found['metric']} × 100", "intruder dimensions", "size of ΔW")
     text = page("Intruder dimensions", "intruders", [("", head, rows)], [says, _where(found)])
     return write(folder, "intruders", {"intruders": found["intruders"], "change": found["change"]}, text)
 
