@@ -36,7 +36,10 @@ def main(arguments: list[str] | None = None) -> None:
 def page(folder: Path) -> str:
     """The Markdown page of what is there; what isn't is named with its command."""
     parts: list[tuple[str, str, str, Callable[[dict[str, Any]], str]]] = [
-        ("vLLM", "vllm.json", "python -m benchmarks.bench_vllm", _table_of("benchmarks.bench_vllm")),
+        *(
+            (f"vLLM, on a processor {what}", name, "python -m benchmarks.bench_vllm", _table_of("benchmarks.bench_vllm"))
+            for what, name in (("with bf16 arithmetic", "vllm-bf16.json"), ("without bf16 arithmetic", "vllm.json"))
+        ),
         ("The embedded engine", "embedded.json", "python -m benchmarks.bench_embedded", _table_of("benchmarks.bench_embedded")),
     ]
     lines = ["# Serving, measured", "", "Rendered by `python -m benchmarks.bench_serving --render`; nothing here is typed.", ""]

@@ -189,11 +189,11 @@ def test_the_serving_page_names_what_was_not_run(tmp_path):
     from benchmarks.bench_serving import page
 
     text = page(tmp_path)
-    assert text.count("ot run here") == 6 and "`python -m benchmarks.soak`" in text
+    assert text.count("ot run here") == 7 and "`python -m benchmarks.soak`" in text
     (tmp_path / "rounds.md").write_text("x")
     row = {"tokens_per_s": {"median": 10}, "step_ms": {"median": 2}, "ratio": {"median": 1.25}}
     model = {"work": {"requests": 4, "prompt": 8, "answer": 2}, "rows": {"base": row}, "load_ms": {"median": 3}}
     (tmp_path / "embedded.json").write_text(json.dumps({"models": {"tiny": model}}))
     text = page(tmp_path)
-    assert text.count("ot run here") == 4 and "(rounds.md)" in text and "| base | 10 | 2.0 | 1.25 |" in text
+    assert text.count("ot run here") == 5 and "(rounds.md)" in text and "| base | 10 | 2.0 | 1.25 |" in text
     assert "| tiny, 4 × 8 + 2 tokens |" in text

@@ -66,21 +66,22 @@ def test_a_new_version_answers_the_next_request(gateway):
 
 
 def test_a_client_that_leaves_takes_its_request_out_of_the_engine(gateway):
-    stream = gateway.client.completions.create(
-        model="bob", prompt=PROMPT, max_tokens=480, temperature=0, stream=True, extra_body={"ignore_eos": True}
-    )
-    next(iter(stream))
-    deadline = time.monotonic() + 30
-    while (now := gateway.metrics())["vera_engine_requests_running"] != 1:  # vLLM counts after the step that sent the token
+    deadline, before = time.monotonic() + 60, {"vera_engine_requests_running": 0}
+    while before["vera_engine_requests_running"] != 1:  # vLLM counts after the step; a request may be over before anybody looks
         assert time.monotonic() < deadline
-    assert now["vera_running"] == 1
-    stream.close()
-    while (now := gateway.metrics())["vera_engine_requests_running"] or now["vera_running"]:
-        assert time.monotonic() < deadline
-    assert now["vera_disconnects_total"] == 1
+        stream = gateway.client.completions.create(
+            model="bob", prompt=PROMPT, max_tokens=480, temperature=0, stream=True, extra_body={"ignore_eos": True}
+        )
+        next(iter(stream))
+        before = gateway.metrics()
+        stream.close()
+        while (now := gateway.metrics())["vera_engine_requests_running"] or now["vera_running"]:
+            assert time.monotonic() < deadline
+    assert before["vera_running"] == 1 and now["vera_disconnects_total"] == before["vera_disconnects_total"] + 1
     written = now["vera_engine_generation_tokens_total"]
     time.sleep(0.5)
-    assert gateway.metrics()["vera_engine_generation_tokens_total"] == written < 480
+    assert gateway.metrics()["vera_engine_generation_tokens_total"] == written
+    assert written - before["vera_engine_generation_tokens_total"] < 480
 
 
 def test_a_deleted_adapter_leaves_the_engine_with_all_its_versions(gateway):

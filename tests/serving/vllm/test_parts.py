@@ -80,6 +80,40 @@ def test_places_for_bases_are_taken_reused_and_refused():
     assert bases.place(Basis("philox-u8", 9)) == 1 and bases.users == [2, 1]
 
 
+def test_packed_products_follow_the_basis_and_are_few(monkeypatch):
+    made = []
+
+    def pack(W):
+        made.append(tuple(W.shape))
+        kept = W.clone()
+        return lambda x: x @ kept.t()
+
+    bases = Bases(1, 12, torch.float32, torch.device("cpu"))
+    monkeypatch.setattr(bases, "_packs", pack)
+    A, B = bases.A(0, 24), bases.B(0, 40)
+    x, h = torch.randn(5, 24), torch.randn(5, 12)
+    for basis in NATIVE[:2]:
+        at = bases.place(basis)
+        for _ in range(2):
+            for r in range(1, 13):
+                torch.testing.assert_close(bases.product(x, A, at, rows=r), x @ basis.A(r, 24).t())
+                torch.testing.assert_close(bases.product(h[:, :r], B, at, columns=r), h[:, :r] @ basis.B(40, r).t())
+        bases.leave(at)
+    ranks = [1, 2, 4, 8, 12]
+    assert sorted(made) == sorted([(r, 24) for r in ranks] * 2 + [(40, r) for r in ranks] * 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_are_right_as_this_processor_makes_them(dtype):
+    bases = Bases(2, 64, dtype, torch.device("cpu"))
+    A = bases.A(0, 96)
+    at = bases.place(NATIVE[0])
+    for tokens, rank in [(1, 64), (7, 32), (40, 48)]:
+        x = torch.randn(tokens, 96).to(dtype)
+        want = x.double() @ A[at, :rank].double().t()
+        torch.testing.assert_close(bases.product(x, A, at, rows=rank).double(), want, rtol=2e-2, atol=2e-2)
+
+
 class Setting:
     """Two fused linears over one table: k and v read the same rows of B, q others; adapters on some, of two bases."""
 

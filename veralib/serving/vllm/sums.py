@@ -116,13 +116,13 @@ class Site:
             x, out = x[some], out[some]
         if x.dtype != t.dtype:
             x = x.to(t.dtype)
-        us = [F.linear(x, self.A[k, :r]) for k in step.bases]
+        us = [self.bases.product(x, self.A, k, rows=r) for k in step.bases]
         for g in groups:
             y = None
             for u, k, rows in zip(us, step.bases, step.rows_of, strict=True):
                 d = g.d[step.slot : step.slot + 1] if step.slot is not None else g.d.index_select(0, rows[some])
                 h = u[:, None] * d.view(-1, g.count, t.rank)[:, :, :r]
-                part = F.linear(h.view(-1, r), g.B[k, :, :r])
+                part = self.bases.product(h.view(-1, r), g.B, k, columns=r)
                 y = part if y is None else y.add_(part)
             y = y.view(x.shape[0], -1)  # type: ignore[union-attr]
             b = g.b[step.slot] if step.slot is not None else g.b.index_select(0, step.rows[some])
