@@ -279,3 +279,38 @@ def test_a_client_that_leaves_takes_its_request_along(world, how):
         time.sleep(0.2)
         assert len(world.fake.asked) == asked, "a request whose client left in the queue was sent to the engine"
     assert http.post("/v1/completions", json=TEXT).status_code == 200
+
+
+def test_a_fast_stream_lets_others_have_their_turn():
+    event = b'data: {"model": "a@1", "choices": [{"index": 0, "text": "x"}]}\n\n'
+
+    async def chunks():
+        for _ in range(20):
+            yield event * 50
+        yield b"data: [DONE]\n\n"
+
+    async def run():
+        sent, turns, done = [], 0, False
+
+        async def send(message):
+            sent.append(message)
+
+        async def other():
+            nonlocal turns
+            while not done:
+                turns += 1
+                await asyncio.sleep(0)
+
+        relay = Relay(
+            None, "", "a", {}, tokens=1, usage=False, max_tokens=1, taking_seconds=1.0, names=None, client=None, limits=None,
+            metrics=Metrics(), base_name=None,
+        )  # fmt: skip
+        beside = asyncio.ensure_future(other())
+        await relay._pass_on(SimpleNamespace(aiter_bytes=chunks), "a@1", SimpleNamespace(used=None), 0.0, send)
+        done = True
+        await beside
+        return turns, sent
+
+    turns, sent = asyncio.run(run())
+    assert len(sent) == 1003 and b'"model":"a"' in sent[500]["body"]
+    assert turns >= 1000

@@ -123,6 +123,7 @@ class Relay(Response):
                     self.metrics.first_token.observe(time.perf_counter() - began)
                     first = False
                 await send({"type": "http.response.body", "body": b"data: " + data + b"\n\n", "more_body": True})
+                await asyncio.sleep(0)  # what is always ready never gives way: a fast stream would hold up everybody else
             error = None if ended else unavailable("The engine ended within this answer.")
         except httpx2.TimeoutException:
             error = ApiError(504, "The engine fell silent within this answer.", code="engine_timeout")
