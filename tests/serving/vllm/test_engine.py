@@ -201,6 +201,40 @@ def test_no_step_reads_the_store_and_what_a_request_waits_for_stays(world, monke
     close(llm)
 
 
+@torch.no_grad()
+def test_bfloat16_is_as_close_to_the_merged_model_as_that_model_in_bfloat16(world):
+    """By packed products where the processor has the arithmetic, plain ones elsewhere."""
+    llm = world.engine(dtype="bfloat16", enable_prefix_caching=False)
+    names = [None, *ADAPTERS]
+    rows = [(name, list(prompt)) for prompt in PROMPTS for name in names]
+    requests = [None if name is None else lora_request(world.store, name) for name, _ in rows]
+    prompts = [{"prompt_token_ids": prompt} for _, prompt in rows]
+    outputs = llm.generate(prompts, greedy(logprobs=0), lora_request=requests, use_tqdm=False)
+    bases = manager(llm).bases
+    assert bool(bases._packed) == (bases._packs is not None)
+    close(llm)
+    answers = {name: [] for name in names}
+    for (name, prompt), output in zip(rows, outputs, strict=True):
+        tokens = list(output.outputs[0].token_ids)
+        numbers = [step[token].logprob for step, token in zip(output.outputs[0].logprobs, tokens, strict=True)]
+        answers[name].append((prompt, tokens, torch.tensor(numbers)))
+
+    def numbers_by(model, prompt, tokens):
+        logits = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
+        return logits.float().log_softmax(-1).gather(1, torch.tensor(tokens)[:, None])[:, 0]
+
+    for name in names:
+        far = {"engine": [], "merged": [], "base": []}
+        for prompt, tokens, numbers in answers[name]:
+            want = numbers_by(world.model(name), prompt, tokens)
+            far["engine"].append(numbers - want)
+            far["merged"].append(numbers_by(world.model(name).bfloat16(), prompt, tokens) - want)
+            far["base"].append(numbers_by(world.model(None), prompt, tokens) - want)
+        rms = {k: torch.cat(v).square().mean().sqrt().item() for k, v in far.items()}
+        assert rms["engine"] < 1.5 * rms["merged"], name
+        assert name is None or rms["engine"] < rms["base"] / 20, name  # without the adapter: far off
+
+
 def test_biases_and_several_bases_of_both_kinds_in_one_batch(tmp_path):
     more = {"fay": dict(draw=5, seed=3), "gus": dict(draw=6, basis="peft", rank=16), "hal": dict(draw=7, levels="rademacher")}
     world = world_of(tmp_path, qwen, **more)

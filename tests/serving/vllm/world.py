@@ -61,16 +61,20 @@ class World:
         """A new version of an adapter."""
         return self.store.put(name, adapter(self.build, draw, **config))
 
-    @torch.no_grad()
-    def merged(self, name, prompts=PROMPTS, tokens=TOKENS):
-        """Greedy tokens of the merged model, by transformers; of the base for None."""
+    def model(self, name):
+        """The merged model in float32, in transformers; the base for None."""
         model = self.build()
         if name is not None:
             vera = attach(model)
             vera.load(self.store.get(name), "a")
             vera.merge("a", keep=None)
             model = vera.detach()
-        out = []
+        return model
+
+    @torch.no_grad()
+    def merged(self, name, prompts=PROMPTS, tokens=TOKENS):
+        """Greedy tokens of the merged model."""
+        model, out = self.model(name), []
         for prompt in prompts:
             ids = model.generate(
                 torch.tensor([prompt]), max_new_tokens=tokens, do_sample=False, eos_token_id=None, pad_token_id=0
@@ -78,14 +82,14 @@ class World:
             out.append(ids[0, len(prompt) :].tolist())
         return out
 
-    def engine(self, slots=4, memory=8, plain=False, settings=None, **options):
+    def engine(self, slots=4, memory=8, plain=False, settings=None, dtype="float32", **options):
         """vLLM in this process."""
         from vllm import LLM
 
         vera = {"store": str(self.folder / "store"), "max_rank": 32, **(settings or {})}
         extra = {} if plain else {"additional_config": {"vera": vera}}
         return LLM(
-            str(self.folder / "base"), dtype="float32", max_model_len=128, max_num_seqs=16, enforce_eager=True,
+            str(self.folder / "base"), dtype=dtype, max_model_len=128, max_num_seqs=16, enforce_eager=True,
             skip_tokenizer_init=True, enable_lora=True, max_loras=slots, max_cpu_loras=memory, **extra, **options,
         )  # fmt: skip
 
