@@ -20,8 +20,8 @@ from veralib.paper.published import TABLES, TASKS
 from veralib.recipes import settings_of
 from veralib.training import e2e
 from veralib.training.data import load_data
-from veralib.training.sweep import read_grid
-from veralib.training.sweep import settings_of as grid_settings
+from veralib.training.grid import read_grid
+from veralib.training.grid import settings_of as grid_settings
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 

@@ -14,7 +14,8 @@ import yaml
 
 from veralib.errors import ConfigError
 from veralib.training import sweep
-from veralib.training.sweep import load_results, read_grid, run_grid
+from veralib.training.grid import read_grid
+from veralib.training.sweep import load_results, run_grid
 
 from .tiny import sentences
 
@@ -58,6 +59,34 @@ def test_a_grid_runs_once_and_its_files_hold_no_path_of_the_machine(grid_file, t
     found = load_results(tmp_path / "out", ["VeRA r=4", "head only"])
     assert [r["name"] for r in found] == ["VeRA r=4"] * 4 + ["head only"] * 4
     assert found[0]["rows"] == {"train": 54, "validation": 6, "test": 20} and found[0]["settings"]["basis_seed"] == 0
+
+
+def test_runs_that_another_grid_has_made_are_taken_over_unless_a_setting_or_the_base_differs(grid_file, tmp_path, bert):
+    first = tmp_path / "first"
+    assert run_grid(read_grid(grid_file, first), only="vera") == []
+    raw = yaml.safe_load(grid_file.read_text())
+    raw["methods"] = {
+        "plain": {"method": "vera", "rank": 4, "sweep": {"lr": [0.02]}},
+        "wide": {"method": "vera", "rank": 8, "sweep": {"lr": [0.02]}},
+    }
+    raw |= {"also": [str(first), str(tmp_path / "nothing")], "seeds": [0, 1, 2]}
+    raw["common"]["columns"] = "source,label,mark,sentence"  # the same, spelt otherwise
+    del raw["tasks"]["cola"]["columns"]
+    second = tmp_path / "second.yaml"
+    second.write_text(yaml.safe_dump(raw))
+    grid = read_grid(second, tmp_path / "out")
+    said: list[str] = []
+    assert run_grid(grid, only="plain", log=said.append) == []
+    assert said[0].startswith("2 runs taken over from") and said[1] == "1 of 6 runs to do"
+    mine = [json.loads((tmp_path / f"out/cola/plain-lr0.02-seed{seed}.json").read_text()) for seed in (0, 1, 2)]
+    theirs = [json.loads((first / f"cola/vera-r4-lr0.02-seed{seed}.json").read_text()) for seed in (0, 1)]
+    assert [m["metrics"] for m in mine[:2]] == [t["metrics"] for t in theirs] and "from" not in mine[2]
+    assert mine[0]["name"] == "plain" and mine[0]["from"].endswith("vera-r4-lr0.02-seed0.json")
+    assert [c.name for c in grid.missing()] == ["wide"] * 3
+
+    for file in first.glob("*/*.json"):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"base": {"name": "tiny", "sha256": "another"}}))
+    assert run_grid(read_grid(second, tmp_path / "again"), only="plain", log=said.append) == [] and "3 of 6 runs to do" in said
 
 
 def test_shards_add_up_and_a_failed_run_stops_nobody(grid_file, tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from veralib.cli import build
 from veralib.errors import ConfigError
-from veralib.training.sweep import read_grid, settings_of
+from veralib.training.grid import read_grid, settings_of
 
 GOOD, BAD = "the cat likes a dog", "a bird eats the blue fish"
 

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from experiments import vit, vit_pretrain
 from veralib.training import Settings
 from veralib.training.data import load_data
-from veralib.training.sweep import load_results, read_grid, run_cell
+from veralib.training.grid import read_grid
+from veralib.training.sweep import load_results, run_cell
 
 from . import tiny
 

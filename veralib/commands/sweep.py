@@ -7,7 +7,7 @@ from typer import Argument, Exit, Option
 from .shared import table
 
 if TYPE_CHECKING:
-    from ..training.sweep import Grid
+    from ..training.grid import Grid
 
 
 def sweep(
@@ -27,7 +27,8 @@ def sweep(
         vera sweep experiments/glue.yaml --jobs 8 --shard $SLURM_ARRAY_TASK_ID/16
     """
     from ..errors import ConfigError
-    from ..training.sweep import read_grid, run_grid
+    from ..training.grid import read_grid
+    from ..training.sweep import run_grid
 
     found = read_grid(grid, output)
     try:

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..training.sweep import load_results, read_grid
+from ..training.grid import read_grid
+from ..training.sweep import load_results
 from .compare import chosen
 from .pages import Table, page, write
 from .published import TABLES

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..training.sweep import Grid, load_results, read_grid
+from ..training.grid import Grid, read_grid
+from ..training.sweep import load_results
 from .compare import MARGIN, Line, chosen, paired, verdict
 from .pages import Table, page, write
 
