@@ -2,6 +2,7 @@
 
 import os
 import statistics
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -106,8 +107,14 @@ def _machine(results: list[dict[str, Any]]) -> list[str]:
     if not results:
         return []
     last = results[-1]
-    where = last["hardware"].get("gpu") or f"{last['hardware']['processor']}, {last['hardware']['threads']} thread a run"
+    places = Counter(_place(r["hardware"]) for r in results).most_common()
+    where = places[0][0] if len(places) == 1 else "; ".join(f"{place} ({n} runs)" for place, n in places)
     return [f"Base: {last['base']['name']}. Run on {where}; {', '.join(f'{k} {v}' for k, v in last['versions'].items())}."]
+
+
+def _place(hardware: Mapping[str, Any]) -> str:
+    threads = hardware["threads"]
+    return hardware.get("gpu") or f"{hardware['processor']}, {threads} thread{'s' * (threads > 1)} a run"
 
 
 def _by_task(missing: list[Any]) -> list[str]:
