@@ -42,7 +42,8 @@ def test_the_experiment_finds_each_methods_change_of_the_weights(tmp_path, monke
             return type("Done", (), {"result": lambda self: value})()
 
     monkeypatch.setattr(weights, "ProcessPoolExecutor", Here)
-    line = ["--data", str(tmp_path), "--model", str(bert), "--epochs", "1", "--results", str(tmp_path / "results")]
+    line = ["--data", str(tmp_path), "--model", str(bert), "--epochs", "1"]
+    line += ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
     found = weights.main(line)
     assert json.loads((tmp_path / "results" / "weights.json").read_text()) == json.loads(json.dumps(found))
     layers = {f"bert.encoder.layer.{i}.attention.self.{part}" for i in range(2) for part in ("query", "value")}
