@@ -2,7 +2,7 @@
 
 A Llama of 59 M parameters with random weights, one engine in this process; in every round the base alone and batches with 1, 8,
 32 and 256 distinct adapters in turn, so that what disturbs one disturbs the others. One thread, its processor time. Needs
-vLLM: `make test-vllm` builds .venv-vllm, and this runs in it, eight minutes. Renders the tables of docs/serving-vllm.md: one of a
+vLLM: `make test-vllm` builds .venv-vllm, and this runs in it. Renders the tables of docs/serving-vllm.md: one of a
 processor that has bf16 arithmetic, one of a processor that hasn't.
 """
 
