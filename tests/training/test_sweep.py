@@ -74,10 +74,12 @@ def test_runs_that_another_grid_has_made_are_taken_over_unless_a_setting_or_the_
     del raw["tasks"]["cola"]["columns"]
     second = tmp_path / "second.yaml"
     second.write_text(yaml.safe_dump(raw))
+    (first / "cola" / "note.json").write_text('{"title": "no run"}')
     grid = read_grid(second, tmp_path / "out")
     said: list[str] = []
     assert run_grid(grid, only="plain", log=said.append) == []
-    assert said[0].startswith("2 runs taken over from") and said[1] == "1 of 6 runs to do"
+    assert said[0] == f"also: {(tmp_path / 'nothing').as_posix()} holds no runs yet, so none are taken over from there"
+    assert said[1].startswith("2 runs taken over from") and said[2] == "1 of 6 runs to do"
     mine = [json.loads((tmp_path / f"out/cola/plain-lr0.02-seed{seed}.json").read_text()) for seed in (0, 1, 2)]
     theirs = [json.loads((first / f"cola/vera-r4-lr0.02-seed{seed}.json").read_text()) for seed in (0, 1)]
     assert [m["metrics"] for m in mine[:2]] == [t["metrics"] for t in theirs] and "from" not in mine[2]

@@ -26,6 +26,9 @@ def run_grid(
     only, shard: as in Grid.missing; shards are for the job arrays of a cluster's own scheduler.
     """
     missing = grid.missing(only, shard)
+    for folder in grid.also:
+        if missing and not any(folder.glob("*/*.json")):
+            log(f"also: {folder.as_posix()} holds no runs yet, so none are taken over from there")
     if taken := _take_over(grid, missing):
         log(f"{taken} runs taken over from {', '.join(p.as_posix() for p in grid.also)}")
         missing = grid.missing(only, shard)
@@ -57,9 +60,9 @@ def run_grid(
 
 def _take_over(grid: Grid, cells: Sequence[Cell]) -> int:
     """Copies what the grids of `also` have of these runs, by equal settings and the same base; how many. Each says its source."""
-    there = [
-        (path, json.loads(path.read_text(encoding="utf-8"))) for folder in grid.also for path in sorted(folder.glob("*/*.json"))
-    ]
+    files = [path for folder in grid.also for path in sorted(folder.glob("*/*.json"))]
+    read = [(path, json.loads(path.read_text(encoding="utf-8"))) for path in files]
+    there = [(path, found) for path, found in read if isinstance(found, dict) and {"settings", "base"} <= set(found)]
     taken = 0
     for cell in cells:
         for path, found in there:
