@@ -33,7 +33,8 @@ test: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/kernels
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 tests/kernels
 
 # vLLM's CPU build pins its own packages, so it has an environment of its own. vision, audio and triton don't import beside a
 # CPU torch and nothing here needs them. veralib itself without its dependencies: numpy's version is vLLM's to choose.

@@ -13,6 +13,7 @@ ROOT = Path(veralib.__file__).parent
 ORDER = [
     {"errors", "container"},
     {"basis", "products"},
+    {"kernels"},
     {"config", "linears", "hashes", "core", "fused"},
     {"adapter", "autograd", "targets", "budget"},
     {"bank", "checks"},
@@ -57,7 +58,7 @@ def imports(path: Path):
             target = (*base, *(node.module.split(".") if node.module else ()))
             if target[:1] == ("veralib",):
                 for alias in node.names:
-                    own = alias.name if (ROOT / f"{alias.name}.py").exists() else ""
+                    own = alias.name if (ROOT / f"{alias.name}.py").exists() or (ROOT / alias.name).is_dir() else ""
                     yield (target[1] if len(target) > 1 else own), node in top
 
 

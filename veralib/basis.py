@@ -313,8 +313,14 @@ def _make(basis: Basis, matrix: int, rows: int, columns: int, device: torch.devi
                 "basis is bound to the widest layer and the rank it was made for. Use basis='philox-u8'."
             )
         return whole.to(device, dtype)
-    table = torch.from_numpy(level_table(basis.levels).copy()).to(device)
     out = torch.empty(rows, columns, dtype=dtype, device=device)
+    from . import kernels
+
+    if kernels.on(out):
+        from .kernels.grow import grow
+
+        return grow(basis, matrix, rows, columns, out.device, dtype)
+    table = torch.from_numpy(level_table(basis.levels).copy()).to(device)
     raw = basis_bytes(basis.seed, matrix, rows, columns, layer_id=basis.layer_id, device=device)
     step = max(1, 2**22 // max(1, columns))
     for start in range(0, rows, step):  # an index takes 4 bytes an entry: not for the whole matrix at once

@@ -149,23 +149,27 @@ class Runtime:
     # What the last mixed selection without gradients multiplies by: a decode loop asks for the same hundreds of times.
 
     def row_vectors(self, layer: str, bucket: Bucket, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """d (R, 1, r) and b (R, 1, m) of each row of a bucket, in dtype. Without gradients only.
-
-        The K adapters' vectors are kept for the selection used last, where all of them are resident and so can't change.
-        """
-        if bucket.trains:
-            d, b = (v.to(dtype) for v in stacked_vectors(bucket))
-        else:
-            local, selection = self._local, self.current()
-            if getattr(local, "kept_for", None) is not selection or local.kept_at != self._written:
-                local.kept_for, local.kept_at, local.kept = selection, self._written, {}
-            key = (layer, bucket.units[0].unit, bucket.units[0].basis, dtype)
-            if key not in local.kept:
-                local.kept[key] = tuple(v.to(dtype) for v in stacked_vectors(bucket))
-            d, b = local.kept[key]
+        """d (R, 1, r) and b (R, 1, m) of each row of a bucket, in dtype. Without gradients only."""
+        d, b = self.adapter_vectors(layer, bucket, dtype)
         if not bucket.own:
             d, b = d.index_select(0, bucket.index), b.index_select(0, bucket.index)
         return d[:, None], b[:, None]
+
+    def adapter_vectors(self, layer: str, bucket: Bucket, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """d (K, r) and b (K, m) of the K adapters of a bucket, in dtype. Without gradients only.
+
+        They are kept for the selection used last, where all of them are resident and so can't change.
+        """
+        if bucket.trains:
+            d, b = stacked_vectors(bucket)
+            return d.to(dtype), b.to(dtype)
+        local, selection = self._local, self.current()
+        if getattr(local, "kept_for", None) is not selection or local.kept_at != self._written:
+            local.kept_for, local.kept_at, local.kept = selection, self._written, {}
+        key = (layer, bucket.units[0].unit, bucket.units[0].basis, dtype)
+        if key not in local.kept:
+            local.kept[key] = tuple(v.to(dtype) for v in stacked_vectors(bucket))
+        return local.kept[key]
 
     def forget_vectors(self) -> None:
         """Resident vectors were written: what any thread kept of them is stale."""

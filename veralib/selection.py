@@ -40,6 +40,7 @@ class Bucket:
     index: Tensor  # row -> place in the stacked vectors of all groups
     everyone: bool  # positions are 0 … size - 1
     own: bool  # index is 0 … len(index) - 1: each row its own adapter, nothing to gather
+    places: Tensor  # index for every row of the batch, -1 where a row isn't of this bucket
 
     @cached_property
     def trains(self) -> bool:
@@ -135,7 +136,8 @@ class Selection:
                 order = positions.argsort()
                 positions, index = positions[order], index[order]
             own = index.tolist() == list(range(len(index)))
-            self._cache[key] = (positions, index, everyone, own)
+            places = index if everyone else torch.full((self.size,), -1, device=index.device).index_copy_(0, positions, index)
+            self._cache[key] = (positions, index, everyone, own, places)
         return Bucket(tuple(u for u, _ in pairs), groups, *self._cache[key])
 
 

@@ -5,12 +5,14 @@ Also timed here, since nothing else needs a model of this kind: growing A and B,
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from veralib import kernels
 
 from . import common
 from .decode import fill
@@ -184,12 +186,25 @@ def merging(results: common.Results, options: common.Options) -> bool:
     return same
 
 
+def with_kernels(check: Callable[[], bool]) -> bool:
+    """The check with veralib's Triton kernels in use."""
+    kernels.use()
+    try:
+        return check()
+    finally:
+        kernels.use(False)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Writes correctness.json; 1 if anything is wrong."""
     options = common.options(__doc__, arguments)
     results = options.results("correctness")
     device = options.clock.device
     checks = {f"plans {dtype}": (lambda dtype=dtype: plans(results, device, dtype)) for dtype in LIMIT}
+    if kernels.installed() and options.clock.cuda:
+        checks |= {f"{n}, kernels": (lambda check=check: with_kernels(check)) for n, check in checks.items()}
+        checks["mixed rows, kernels"] = lambda: with_kernels(lambda: mixed(results, options))
+        checks["basis, kernels"] = lambda: with_kernels(lambda: basis(results, options))
     checks |= {
         "mixed rows": lambda: mixed(results, options),
         "gradients": lambda: gradients(results, options, autocast=False),

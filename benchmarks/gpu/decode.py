@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from veralib import kernels
+
 from . import common
 from .lora_mixed import MixedLora, grouped_mm
 
@@ -107,11 +109,13 @@ class Decode:
     def step(self, model: nn.Module, x: torch.Tensor) -> torch.Tensor:
         return model(inputs_embeds=x, use_cache=False).last_hidden_state
 
-    def veralib(self, model: nn.Module, vera: Any, x: torch.Tensor, distinct: int) -> Callable[[], Any]:
+    def veralib(self, model: nn.Module, vera: Any, x: torch.Tensor, distinct: int, fused: bool = False) -> Callable[[], Any]:
+        """fused: with the Triton kernels."""
         apart = len(vera.names) // distinct  # the adapters in use lie all over the bank
         names = [str(k * apart) for k in rows(len(x), distinct)]
 
         def run() -> Any:
+            kernels.use(fused)
             with vera.rows(names):
                 return self.step(model, x)
 
@@ -137,6 +141,7 @@ def main(arguments: list[str] | None = None) -> int:
     decode = Decode(options, results)
     ranks, loras = ((4, 8), (1, 8)) if options.tiny else ((256, 1024), (16, 1))
     batches = (1, 4) if options.tiny else BATCHES
+    fused = kernels.installed() and decode.clock.cuda
     flat, shares = (4, (1, 2, 4)) if options.tiny else (FLAT_BATCH, FLAT_DISTINCT)
     most = max(batches)
     models: dict[str, tuple[nn.Module, Any]] = {}
@@ -164,6 +169,8 @@ def main(arguments: list[str] | None = None) -> int:
         for name, (model, handle) in models.items():
             if name.startswith("veralib"):
                 runs[name] = decode.veralib(model, handle, x, distinct)
+                if fused:
+                    runs[f"{name} kernels"] = decode.veralib(model, handle, x, distinct, fused=True)
                 continue
             for way in ways:
                 if way != "grouped" or (grouped_mm is not None and handle.rank % 8 == 0 and decode.clock.cuda):

@@ -31,14 +31,16 @@ def load(folder: Path) -> dict[str, Result]:
 def report(results: dict[str, Result]) -> str:
     """The whole page, Markdown."""
     parts = ["# On a GPU", "Written by `python -m benchmarks.gpu.render` from the JSON files beside it; see benchmarks/gpu."]
-    if not results:
+    if not results.keys() - {"kernels_code"}:
         parts.append("No GPU has been measured yet.")
-    tables = {"correctness": _correctness, "train_step": _train, "decode": _decode, "where": _where}
+    tables = {"correctness": _correctness, "train_step": _train, "decode": _decode, "kernels": _kernels, "where": _where}
     for question, table in tables.items():
         if question in results:
             result = results[question]
             tiny = ["**Small shapes on the CPU, a test of the scripts: the numbers mean nothing.**"] if result["tiny"] else []
             parts += [*tiny, *table(result), *_failures(result), _machine(result)]
+    if "kernels_code" in results:
+        parts += _code(results["kernels_code"])
     return "\n\n".join(parts) + "\n"
 
 
@@ -96,7 +98,7 @@ def _train(result: Result) -> list[str]:
         reference, floor = found[table["reference"]], found["frozen"]
         rows = []
         for name, f in found.items():
-            method, _, rank = name.removesuffix("-bf16").rpartition("-")
+            method, _, rank = name.removesuffix("-bf16").removesuffix("-kernels").rpartition("-")
             least = c.ms(floors.train_flops(size, table["tokens"], int(rank) if method == "veralib" else 0), 0)
             rows.append(
                 [
@@ -168,6 +170,71 @@ def _decode(result: Result) -> list[str]:
         rows.append([name, f"{a / 1e6:.2f}", f"{per / 1e6:.2f}", f"{1e9 / per:.0f}" if per else "–"])
     head = ["", "MB of tensors", "MB resident", f"adapters per GB ({size.layers} layers)"]
     return [*parts, "### Memory an adapter (A and B of one seed counted in, shared by all)", _table(head, rows)]
+
+
+def _kernels(result: Result) -> list[str]:
+    parts, c = ["## The kernels alone, µs, inputs not in the cache"], _ceilings(result)
+    for section in ("mixed", "rank_space"):
+        rows = []
+        for entry in result.get(section, []):
+            m, n, r, T, found = entry["m"], entry["n"], entry["r"], entry["T"], entry["us"]
+            side, other = (m, 2 * T * (r + 3 * m)) if section == "mixed" else (n, 2 * T * (n + r))
+            least = 1e3 * c.ms(2 * T * r * side, 2 * r * side + other)
+            best = {s: _best(found, s) for s in ("numbers", "bytes", "grown")}
+            cells = [_us(found, name) for name in ("frozen linear", "plain", "compiled")]
+            rows.append([str(m), str(n), str(r), str(T), *cells, *best.values(), f"{least:.1f}"])
+        if rows:
+            head = [
+                "m",
+                "n",
+                "r",
+                "tokens",
+                "frozen linear",
+                "plain",
+                "torch.compile",
+                "read as bf16",
+                "as bytes",
+                "grown",
+                "least, bf16",
+            ]
+            what = "out += b ∘ B(d ∘ u), each token its own adapter" if section == "mixed" else "u = A x"
+            parts += [f"### {what}; a kernel's best tile, and the one that is chosen", _table(head, rows)]
+    for section in ("fold", "vector_gradients", "grow"):
+        rows = [
+            [str(e["m"]), str(e["r"]), *(_us(e["us"], name) for name in ("plain", "compiled", "kernel"))]
+            for e in result.get(section, [])
+        ]
+        if rows:
+            parts += [f"### {section}", _table(["m", "r", "plain", "torch.compile", "kernel"], rows)]
+    return parts
+
+
+def _code(result: Result) -> list[str]:
+    head = ["kernel", "dtype", "matrix", "tokens", "registers", "spilled bytes", "shared KiB", "matrix instructions"]
+    rows = [
+        [
+            *(str(e.get(k, "")) for k in ("kernel", "dtype", "source", "T", "registers", "spilled_bytes")),
+            f"{e['shared_bytes'] / 1024:.1f}",
+            f"{e['wgmma']} wgmma, {e['mma']} mma",
+        ]
+        for e in result["kernels"]
+    ]
+    title = f"## What the kernels compile to, for {result['target']} by Triton {result['triton']}"
+    return [title, "Compiled where there is no GPU: `python -m benchmarks.gpu.resources`.", _table(head, rows)]
+
+
+def _us(found: dict[str, Any], name: str) -> str:
+    return f"{found[name]['median']:.1f}" if name in found else "–"
+
+
+def _best(found: dict[str, Any], source: str) -> str:
+    """The fastest tile's time, and where that isn't the chosen tile's, both."""
+    times = {name: t["median"] for name, t in found.items() if name.split()[0] == source}
+    if not times:
+        return "–"
+    best = min(times, key=lambda name: times[name])
+    chosen = "" if best == source or source not in times else f" (chosen {times[source]:.1f}; {best.split()[1]})"
+    return f"{times[best]:.1f}{chosen}"
 
 
 def _where(result: Result) -> list[str]:

@@ -15,20 +15,24 @@ from typing import Any
 import torch
 from torch import nn
 
+from veralib import kernels
+
 from . import common
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """One way to train. low: the adapter's own weights in bf16 too (PEFT's autocast_adapter_dtype=False)."""
+    """One way to train. low: the adapter's own weights in bf16 too (PEFT's autocast_adapter_dtype=False). fused: veralib's Triton
+    kernels."""
 
     method: str
     rank: int = 0
     low: bool = False
+    fused: bool = False
 
     @property
     def name(self) -> str:
-        return self.method + (f"-{self.rank}" if self.rank else "") + ("-bf16" if self.low else "")
+        return self.method + (f"-{self.rank}" if self.rank else "") + "-bf16" * self.low + "-kernels" * self.fused
 
 
 CONTESTANTS = (
@@ -41,6 +45,8 @@ CONTESTANTS = (
     Contestant("veralib", 256),
     Contestant("peft-vera", 1024),
     Contestant("veralib", 1024),
+    Contestant("veralib", 256, fused=True),
+    Contestant("veralib", 1024, fused=True),
     Contestant("full"),
 )
 TOKENS, ROUNDS, REPEATS = 2048, 15, 3
@@ -76,8 +82,10 @@ def enter(base: nn.Module, contestant: Contestant) -> nn.Module:
     return model
 
 
-def make_step(model: nn.Module, x: torch.Tensor, g: torch.Tensor, autocast: bool) -> tuple[Callable[[], Any], Callable[[], None]]:
-    """(forward, whole step) of a model."""
+def make_step(
+    model: nn.Module, x: torch.Tensor, g: torch.Tensor, autocast: bool, fused: bool = False
+) -> tuple[Callable[[], Any], Callable[[], None]]:
+    """(forward, whole step) of a model; fused: with veralib's Triton kernels."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True) if trained else None
 
@@ -86,6 +94,7 @@ def make_step(model: nn.Module, x: torch.Tensor, g: torch.Tensor, autocast: bool
             return model(inputs_embeds=x, use_cache=False).last_hidden_state
 
     def step() -> None:
+        kernels.use(fused)
         forward().backward(g)
         x.grad = None
         if optimizer is not None:
@@ -104,10 +113,12 @@ def compare(options: common.Options, results: common.Results, base: nn.Module, t
     steps: dict[str, Callable[[], None]] = {}
     facts: dict[str, dict[str, Any]] = {}
     for contestant in CONTESTANTS:
+        if contestant.fused and not (kernels.installed() and clock.cuda):
+            continue
         with results.attempt(f"{precision} {contestant.name}"):
             before = clock.allocated()
             model = enter(base, contestant)
-            forward, step = make_step(model, x, g, precision == "autocast")
+            forward, step = make_step(model, x, g, precision == "autocast", contestant.fused)
             step()
             step()
             gc.collect()

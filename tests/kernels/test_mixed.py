@@ -1,0 +1,91 @@
+"""u = A x and out += b ∘ B(d ∘ u) against the same in float64, from each source of the matrix."""
+
+import pytest
+import torch
+
+from tests.kernels.conftest import BOUND, DTYPES, any_seed, draw, error
+from veralib.basis import MATRIX_A, MATRIX_B, Basis, basis_bytes
+
+SOURCES = ["numbers", "bytes", "grown"]
+
+
+def source(kind, pair, matrix, shape, device, dtype):
+    from veralib.kernels.mixed import Bytes, Grown
+
+    if kind == "bytes":
+        return Bytes(basis_bytes(pair.seed, matrix, *shape, layer_id=pair.layer_id).to(device), pair.levels)
+    if kind == "grown":
+        return Grown(pair, matrix, shape)
+    wide = (pair.B if matrix else pair.A)(shape[0], shape[1] + 5, device, dtype)
+    return wide[:, : shape[1]]  # rows apart from each other, as a view of a wider pair
+
+
+def exactly(out, u, d, b, index, B, per_row):
+    """float64, token by token."""
+    right = out.double().cpu()
+    for t in range(len(u)):
+        k = t // per_row if index is None else int(index[t // per_row])
+        if k >= 0:
+            right[t] += b[k].double().cpu() * (B @ (d[k].double().cpu() * u[t].double().cpu()))
+    return right
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", SOURCES)
+@pytest.mark.parametrize(
+    "T, m, r, K, per_row", [(1, 9, 1, 1, 1), (1, 17, 16, 2, 1), (5, 70, 33, 3, 1), (18, 40, 300, 4, 3), (37, 24, 7, 37, 1)]
+)
+def test_mixed_add(device, dtype, kind, T, m, r, K, per_row):
+    from veralib.kernels.mixed import mixed_add, mixed_add_plain, numbers
+
+    pair = Basis(seed=any_seed(), layer_id=T)
+    B = source(kind, pair, MATRIX_B, (m, r), device, dtype)
+    wide = draw(T, m + 9, dtype=dtype, device=device)  # out is some columns of it
+    before, out = wide.clone(), wide[:, 4 : 4 + m]
+    u = draw(T, r + 3, dtype=dtype, device=device)[:, 1 : 1 + r]
+    table = draw(K, r + m, device=device)
+    d, b = table[:, :r], table[:, r:]
+    index = torch.randint(-1, K, (T // per_row,), device=device) if K < T else None
+    right = exactly(out, u, d, b, index, numbers(B, u).double().cpu(), per_row)
+    plain = mixed_add_plain(out.clone(), u, d, b, index, B, per_row)
+    assert mixed_add(out, u, d, b, index, B, per_row) is out
+    assert error(out, right) < BOUND[dtype] and error(plain, right) < BOUND[dtype]
+    assert torch.equal(wide[:, :4], before[:, :4]) and torch.equal(wide[:, 4 + m :], before[:, 4 + m :])
+    if index is not None:
+        nobody = index.repeat_interleave(per_row) < 0
+        assert torch.equal(out[nobody], before[:, 4 : 4 + m][nobody])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", SOURCES)
+@pytest.mark.parametrize("levels", ["kaiming_uniform", "kaiming_normal", "uniform", "rademacher"])
+def test_rank_space(device, dtype, kind, levels):
+    from veralib.kernels.mixed import numbers, rank_space, rank_space_plain
+
+    pair = Basis(seed=any_seed(), levels=levels)
+    for T, n, r in ((1, 5, 3), (19, 70, 20)):
+        A, x = source(kind, pair, MATRIX_A, (r, n), device, dtype), draw(T, n, dtype=dtype, device=device)
+        right = x.double().cpu() @ numbers(A, x).double().cpu().t()
+        assert error(rank_space(x, A), right) < BOUND[dtype] and error(rank_space_plain(x, A), right) < BOUND[dtype]
+
+
+def test_a_row_without_an_adapter_is_left_alone_whatever_it_holds(device):
+    """Never multiplied by zero: inf · 0 is no number."""
+    from veralib.kernels.mixed import mixed_add
+
+    out, u = draw(2, 8, device=device), draw(2, 4, device=device)
+    out[1], u[1] = torch.inf, torch.nan
+    d, b = draw(1, 4, device=device), draw(1, 8, device=device)
+    mixed_add(out, u, d, b, torch.tensor([0, -1], device=device), draw(8, 4, device=device))
+    assert out[0].isfinite().all() and (out[1] == torch.inf).all()
+
+
+def test_no_tokens_and_columns_apart(device):
+    from veralib.kernels.mixed import mixed_add, rank_space
+
+    A = draw(3, 5, device=device)
+    assert rank_space(torch.empty(0, 5, device=device), A).shape == (0, 3)
+    with pytest.raises(ValueError, match="x has stride 2 between its columns"):
+        rank_space(draw(4, 10, device=device)[:, ::2], A)
+    with pytest.raises(ValueError, match="out has stride"):
+        mixed_add(draw(4, 6, device=device)[:, ::2], draw(4, 5, device=device), A[:1], A[:1, :3], None, A, 4)
