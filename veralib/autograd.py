@@ -47,15 +47,7 @@ class UnitSpec:
     def C(self, d: Tensor, b: Tensor, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Λ_b B Λ_d with the scale folded in, (m, r), in the matmuls' dtype; computed in at least float32."""
         dtype = dtype or like.dtype
-        exact = torch.promote_types(dtype, d.dtype)
-        B = self.B(like, dtype)
-        if kernels.on(B, d, b):
-            from .kernels.folding import fold
-
-            return fold(B, d, b, self.scale, dtype)
-        bB = b.to(exact)[:, None] * B
-        # Rounded by the product that makes it: on a GPU one pass over (m, r) fewer.
-        return torch.mul(bB, d.to(exact) * self.scale, out=torch.empty(bB.shape, dtype=dtype, device=bB.device))
+        return kernels.fold(self.B(like, dtype), d, b, self.scale, dtype)
 
 
 def _take(g: Tensor, rows: slice | Tensor | None) -> Tensor:
@@ -82,7 +74,7 @@ def add_delta(out: Tensor, u: Tensor, unit: UnitSpec, d: Tensor, b: Tensor) -> N
     """
     if u.shape[0] >= unit.r:
         return _add_into(out, unit.rows, u, unit.C(d, b, u).t())
-    if out.dtype == u.dtype and not isinstance(unit.rows, Tensor) and kernels.on(u, d, b):
+    if out.dtype == u.dtype and not isinstance(unit.rows, Tensor) and kernels.on(out, u, d, b):
         from .kernels.mixed import mixed_add
 
         mixed_add(out if unit.rows is None else out[:, unit.rows], u, (d * unit.scale)[None], b[None], None, unit.B(u), len(u))
@@ -115,16 +107,8 @@ def _add_delta(out: Tensor, unit: UnitSpec, d: Tensor, b: Tensor) -> None:
 
 
 def _vector_gradients(unit: UnitSpec, P: Tensor, d: Tensor, b: Tensor, needs: tuple[bool, bool]) -> list[Tensor | None]:
-    """∂d and ∂b from P = gᵀ u, (m, r): with Q = B ∘ P, ∂b = Q d and ∂d = Qᵀ b, the scale in both."""
-    exact = torch.promote_types(P.dtype, d.dtype)
-    if all(needs) and kernels.on(P, d, b):
-        from .kernels.folding import vector_gradients
-
-        return list(vector_gradients(P, unit.B(P), d, b, unit.scale))
-    Q = (P * unit.B(P)) if P.dtype == exact else P.to(exact).mul_(unit.B(P))
-    grad_d = torch.mv(Q.t(), b.to(exact)).mul_(unit.scale).to(d.dtype) if needs[0] else None
-    grad_b = torch.mv(Q, d.to(exact)).mul_(unit.scale).to(b.dtype) if needs[1] else None
-    return [grad_d, grad_b]
+    """∂d and ∂b of one unit from P = gᵀ u, (m, r)."""
+    return kernels.vector_gradients(P, unit.B(P), d, b, unit.scale, needs)
 
 
 def _full_precision(backward: Callable) -> Callable:

@@ -319,7 +319,7 @@ def _make(basis: Basis, matrix: int, rows: int, columns: int, device: torch.devi
     if kernels.on(out):
         from .kernels.grow import grow
 
-        return grow(basis, matrix, rows, columns, out.device, dtype)
+        return grow(basis, matrix, out)
     table = torch.from_numpy(level_table(basis.levels).copy()).to(device)
     raw = basis_bytes(basis.seed, matrix, rows, columns, layer_id=basis.layer_id, device=device)
     step = max(1, 2**22 // max(1, columns))

@@ -150,15 +150,14 @@ class Site:
         """out (R, t, m) plus what a bucket's adapters add to their rows; in place where no gradient is asked for."""
         widest = bucket.widest
         flat = self.runtime.cast(x, x, out.dtype).reshape(out.shape[0], -1, self.n)
-        if not torch.is_grad_enabled() and not isinstance(widest.rows, Tensor) and kernels.on(out, flat):
+        if not torch.is_grad_enabled() and not isinstance(widest.rows, Tensor) and out.is_contiguous() and kernels.on(out, flat):
             from .kernels.mixed import mixed_add
 
             d, b = self.runtime.adapter_vectors(self.layer, bucket, out.dtype)
             u = self.runtime.rank_space(x, flat, widest)
-            out = out.contiguous()
             flat_out = out.view(-1, self.m)
             columns = flat_out if widest.rows is None else flat_out[:, widest.rows]
-            mixed_add(columns, u.reshape(-1, widest.r), d, b, bucket.places, widest.B(u), out.shape[1])
+            mixed_add(columns, u.reshape(-1, widest.r), d, b, bucket.places(out.shape[0]), widest.B(u), out.shape[1])
             return out
         u = self.runtime.rank_space(x, flat, widest, None if bucket.everyone else bucket.positions)
         part = widest.rows

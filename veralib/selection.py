@@ -40,7 +40,16 @@ class Bucket:
     index: Tensor  # row -> place in the stacked vectors of all groups
     everyone: bool  # positions are 0 … size - 1
     own: bool  # index is 0 … len(index) - 1: each row its own adapter, nothing to gather
-    places: Tensor  # index for every row of the batch, -1 where a row isn't of this bucket
+    shared: dict = field(default_factory=dict)  # what is worked out once for all layers whose buckets have these rows
+
+    def places(self, size: int) -> Tensor:
+        """index for every one of the batch's `size` rows, -1 where a row isn't of this bucket."""
+        if self.everyone:
+            return self.index
+        if "places" not in self.shared:
+            nobody = torch.full((size,), -1, device=self.index.device)
+            self.shared["places"] = nobody.index_copy_(0, self.positions, self.index)
+        return self.shared["places"]
 
     @cached_property
     def trains(self) -> bool:
@@ -136,8 +145,7 @@ class Selection:
                 order = positions.argsort()
                 positions, index = positions[order], index[order]
             own = index.tolist() == list(range(len(index)))
-            places = index if everyone else torch.full((self.size,), -1, device=index.device).index_copy_(0, positions, index)
-            self._cache[key] = (positions, index, everyone, own, places)
+            self._cache[key] = (positions, index, everyone, own, {})
         return Bucket(tuple(u for u, _ in pairs), groups, *self._cache[key])
 
 

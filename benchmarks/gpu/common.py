@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import importlib.metadata
 import json
 import statistics
 import time
@@ -14,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from veralib import kernels
 
 from .. import measure
 
@@ -158,6 +161,8 @@ def ceilings(clock: Clock) -> dict[str, float]:
 def environment(clock: Clock, commit: str) -> dict[str, Any]:
     """The device, the machine and the versions."""
     found = measure.environment()
+    if kernels.installed():
+        found["versions"]["triton"] = importlib.metadata.version("triton")
     if commit:
         found["commit"] = commit  # a copy of the tree has no git
     if clock.cuda:

@@ -6,6 +6,7 @@ copies of its inputs, more bytes than the L2 holds, divided by their number; the
 """
 
 import functools
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 
 from veralib import basis, kernels
 from veralib.basis import MATRIX_A, MATRIX_B, Basis
-from veralib.kernels import folding, grow, mixed
+from veralib.kernels import folding, grow, mixed, plain
 
 from . import common
 from .decode import graphed
@@ -23,15 +24,9 @@ TOKENS, TUNED = (256, 128, 64, 16, 1, 2048), (1, 64, 256)
 RANKS = (256, 1024)
 COLD_BYTES = 160 * 2**20  # more than twice an H200's L2
 # What the first choice by arithmetic is measured against.
-READ = (
-    (16, 64, 64, 4, 3),
-    (16, 128, 64, 4, 4),
-    (32, 128, 64, 4, 3),
-    (64, 64, 64, 4, 3),
-    (64, 128, 64, 4, 3),
-    (128, 64, 64, 4, 3),
-)
-GROWN = ((16, 32, 16, 4, 2), (16, 64, 16, 4, 2), (64, 32, 16, 4, 2), (64, 64, 16, 4, 2), (128, 32, 16, 4, 2), (128, 64, 16, 8, 2))
+READ = ((16, 32, 64, 4, 3), (16, 64, 64, 4, 3), (16, 128, 64, 4, 4), (32, 128, 64, 4, 3), (64, 64, 64, 4, 3), (64, 128, 64, 4, 3),
+        (128, 64, 64, 4, 3), (128, 128, 64, 8, 3))  # fmt: skip
+GROWN = ((16, 32, 16, 4, 1), (16, 64, 16, 4, 1), (64, 32, 16, 4, 1), (64, 64, 16, 4, 2), (128, 32, 16, 4, 1), (128, 64, 16, 8, 1))
 TILES = {False: tuple(mixed.Tile(*t) for t in READ), True: tuple(mixed.Tile(*t) for t in GROWN)}
 
 
@@ -46,7 +41,8 @@ class Bench:
         return torch.randn(*shape, generator=self.generator, device=self.clock.device).to(dtype)
 
     def copies(self, moved: int) -> int:
-        return 2 if self.options.tiny else max(4, min(64, COLD_BYTES // max(1, moved)))
+        """How many copies of inputs there must be. moved: bytes that the contestant which reads least moves of one."""
+        return 2 if self.options.tiny else max(4, min(256, COLD_BYTES // max(1, moved)))
 
     def contest(self, section: str, label: dict[str, Any], runs: dict[str, list[Callable[[], Any]]]) -> None:
         """runs: name -> the same op on each copy. Writes µs an op, medians of interleaved rounds."""
@@ -76,79 +72,84 @@ def each(call: Callable[..., Any], *columns: list[Any]) -> list[Callable[[], Any
 
 def products(bench: Bench, m: int, n: int, r: int, T: int, more: bool) -> None:
     """mixed and rank_space of one linear's shape, each source. more: torch.compile and other tiles too, which take a while."""
-    device, low = bench.clock.device, torch.bfloat16
-    count = bench.copies(2 * r * m + 2 * T * (r + 3 * m))
-    pairs = [Basis(seed=k) for k in range(count)]
-    for matrix, (outputs, inputs), section in ((MATRIX_B, (m, r), "mixed"), (MATRIX_A, (r, n), "rank_space")):
-        made = [grow.grow(p, matrix, outputs, inputs, device, low) for p in pairs]
-        raw = [mixed.Bytes(grow.grow(p, matrix, outputs, inputs, device, torch.uint8), p.levels) for p in pairs]
-        never = [mixed.Grown(p, matrix, (outputs, inputs)) for p in pairs]
-        xs = [bench.draw(T, inputs) for _ in pairs]
-        outs = [bench.draw(T, outputs) for _ in pairs]
-        vectors = [(bench.draw(T, inputs), bench.draw(T, outputs)) for _ in pairs]
-        label = {"m": m, "n": n, "r": r, "T": T, "copies": count}
-        runs: dict[str, list[Callable[[], Any]]] = {}
-        W = [bench.draw(m, n) for _ in range(min(count, 4))]
-        runs["frozen linear"] = each(F.linear, [bench.draw(T, n) for _ in W], W)
-        if section == "mixed":
-            plain = lambda o, u, d, b, B: o.addcmul_(F.linear(u * d, B), b)  # noqa: E731
-            ds, bs = [d for d, _ in vectors], [b for _, b in vectors]
-            runs["plain"] = each(plain, outs, xs, ds, bs, made)
-            if more:  # not in place: a compiled function may not change its input inside a graph
-                same = lambda o, u, d, b, B: torch.addcmul(o, F.linear(u * d, B), b)  # noqa: E731
-                runs["compiled"] = each(torch.compile(same, dynamic=False), outs, xs, ds, bs, made)
-        else:
-            ds = bs = [None] * count
-            runs["plain"] = each(F.linear, xs, made)
-        for name, sources in (("numbers", made), ("bytes", raw), ("grown", never)):
-            grown = name == "grown"
-            chosen = mixed.choose_tile(T, outputs, grown, low)
-            for tile in dict.fromkeys((chosen, *(TILES[grown] if more else ()))):
-                launch = functools.partial(mixed._launch, tile=tile)
-                title = name if tile == chosen else f"{name} {'x'.join(map(str, tile))}"
-                runs[title] = each(launch, outs, xs, sources, ds, bs, [None] * count, [1] * count)
+    for section, matrix, outputs, inputs in (("mixed", MATRIX_B, m, r), ("rank_space", MATRIX_A, r, n)):
+        label = {"m": m, "n": n, "r": r, "T": T, "tiles": more}
         with bench.results.attempt(f"{section} {label}"):
-            bench.contest(section, label, runs)
+            _product(bench, section, label, matrix, outputs, inputs)
+
+
+def _product(bench: Bench, section: str, label: dict[str, Any], matrix: int, outputs: int, inputs: int) -> None:
+    device, low, T, more = bench.clock.device, torch.bfloat16, label["T"], label["tiles"]
+    vectors = 2 * T * (inputs + outputs) if section == "mixed" else 0
+    count = bench.copies(outputs * inputs + 2 * T * (inputs + outputs) + vectors)
+    pairs = [Basis(seed=k) for k in range(count)]
+    blank = lambda dtype: torch.empty(outputs, inputs, dtype=dtype, device=device)  # noqa: E731
+    made = [grow.grow(p, matrix, blank(low)) for p in pairs]
+    raw = [mixed.Bytes(grow.grow(p, matrix, blank(torch.uint8)), p.levels) for p in pairs]
+    never = [mixed.Grown(p, matrix, (outputs, inputs)) for p in pairs]
+    xs, outs = ([bench.draw(T, width) for _ in pairs] for width in (inputs, outputs))
+    W = [bench.draw(label["m"], label["n"]) for _ in range(min(count, 4))]
+    runs = {"frozen linear": each(F.linear, [bench.draw(T, label["n"]) for _ in W], W)}
+    if section == "mixed":
+        ds, bs = ([bench.draw(T, width) for _ in pairs] for width in (inputs, outputs))
+        plainly = lambda o, u, d, b, B: o.addcmul_(F.linear(u * d, B), b)  # noqa: E731  # as layers.py does
+        runs["plain"] = each(plainly, outs, xs, ds, bs, made)
+        if more:  # not in place: a compiled function may not change its input inside a graph
+            same = lambda o, u, d, b, B: torch.addcmul(o, F.linear(u * d, B), b)  # noqa: E731
+            runs["compiled"] = each(torch.compile(same, dynamic=False), outs, xs, ds, bs, made)
+    else:
+        ds = bs = [None] * count
+        runs["plain"] = each(F.linear, xs, made)
+    for name, sources in (("numbers", made), ("bytes", raw), ("grown", never)):
+        chosen = mixed.choose_tile(T, outputs, name == "grown", low)
+        near = range(min(T, 256) // 4, max(16, T) + 1)  # tiles of far more tokens than there are waste their work
+        fitting = [t for t in TILES[name == "grown"] if more and t.BT in near]
+        for tile in dict.fromkeys((chosen, *fitting)):
+            launch = functools.partial(mixed._launch, tile=tile)
+            title = name if tile == chosen else f"{name} {'x'.join(map(str, tile))}"
+            runs[title] = each(launch, outs, xs, sources, ds, bs, [None] * count, [1] * count)
+    bench.contest(section, label | {"copies": count}, runs)
 
 
 def elementwise(bench: Bench, m: int, r: int) -> None:
     """fold and vector_gradients."""
-    count = bench.copies(4 * m * r)
-    low = torch.bfloat16
+    low, count = torch.bfloat16, bench.copies(4 * m * r)
     Bs, Ps = ([bench.draw(m, r) for _ in range(count)] for _ in range(2))
     d, b = bench.draw(r, dtype=torch.float32), bench.draw(m, dtype=torch.float32)
-    label = {"m": m, "r": r, "copies": count}
-    forms = {
-        "fold": (folding.fold_plain, folding.fold, lambda f, B, P: f(B, d, b, 0.5, low)),
-        "vector_gradients": (
-            folding.vector_gradients_plain, folding.vector_gradients, lambda f, B, P: f(P, B, d, b, 0.5)
-        ),
-    }  # fmt: skip
-    for section, (plain, kernel, call) in forms.items():
-        three = {"plain": plain, "compiled": torch.compile(plain, dynamic=False), "kernel": kernel}
-        runs = {
-            name: [functools.partial(call, f, B, P) for B, P in zip(Bs, Ps, strict=True)] for name, f in three.items()
-        }  # fmt: skip
-        with bench.results.attempt(f"{section} {label}"):
-            bench.contest(section, label, runs)
+    for section, call in (
+        ("fold", lambda form, B, P: form.fold(B, d, b, 0.5, low)),
+        ("vector_gradients", lambda form, B, P: form.vector_gradients(P, B, d, b, 0.5)),
+    ):
+        of = lambda form, call=call: each(functools.partial(call, form), Bs, Ps)  # noqa: E731
+        alike = types.SimpleNamespace(fold=_fold_alike, vector_gradients=plain.vector_gradients)
+        compiled = types.SimpleNamespace(**{k: torch.compile(v, dynamic=False) for k, v in vars(alike).items()})
+        with bench.results.attempt(f"{section} {m} {r}"):
+            runs = {"plain": of(plain), "compiled": of(compiled), "kernel": of(folding)}
+            bench.contest(section, {"m": m, "r": r, "copies": count}, runs)
+
+
+def _fold_alike(B: torch.Tensor, d: torch.Tensor, b: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
+    """plain.fold as torch.compile can fuse it, without an out=."""
+    return (b[:, None] * B.float() * (d * scale)).to(dtype)
 
 
 def growing(bench: Bench, m: int, r: int) -> None:
-    """B made anew, bit for bit the same either way."""
+    """B made anew, bit for bit the same either way. The plain form can't be in a graph: it brings a table from the host."""
     device, low = bench.clock.device, torch.bfloat16
+    pairs = [Basis(seed=k) for k in range(bench.copies(2 * m * r))]
 
-    def plain() -> torch.Tensor:
+    def plainly() -> torch.Tensor:
         kernels.use(False)
-        return basis._make(Basis(seed=1), MATRIX_B, m, r, device, low)
+        return basis._make(pairs[1], MATRIX_B, m, r, device, low)
 
-    def kernel() -> torch.Tensor:
-        return grow.grow(Basis(seed=1), MATRIX_B, m, r, device, low)
-
-    same = bool(torch.equal(plain(), kernel()))
-    taken = bench.clock.interleave({"plain": plain, "kernel": kernel}, *((1, 1) if bench.options.tiny else (7, 3)))
-    micros = {n: {q: 1e3 * v for q, v in t["ms"].items()} for n, t in taken.items()}
-    bench.results.put("grow", {"m": m, "r": r, "bit-identical": same, "us": micros})
-    print("grow", m, r, "same bits" if same else "OTHER BITS", {n: round(t["median"], 1) for n, t in micros.items()}, flush=True)
+    outs = [torch.empty(m, r, dtype=low, device=device) for _ in pairs]
+    fused = each(grow.grow, pairs, [MATRIX_B] * len(pairs), outs)
+    same = bool(torch.equal(plainly(), fused[1]()))
+    label = {"m": m, "r": r, "bit-identical": same}
+    bench.contest("grow", label, {"kernel": fused})
+    taken = bench.clock.interleave({"plain": plainly}, *((1, 1) if bench.options.tiny else (5, 2)))["plain"]["ms"]
+    bench.results.data["grow"][-1]["us"]["plain"] = {q: 1e3 * v for q, v in taken.items()}
+    print("grow", m, r, "same bits" if same else "OTHER BITS", f"plain, no graph: {1e3 * taken['median']:.1f}", flush=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -160,16 +161,27 @@ def main(arguments: list[str] | None = None) -> int:
         results.put("environment", common.ceilings(options.clock), "ceilings")
     f, h = (24, 16) if options.tiny else (options.size.mlp, options.size.hidden)
     ranks, tokens = ((8,), (1,)) if options.tiny else (RANKS, TOKENS)
+    # What compiles longest comes last: other tiles, then torch.compile of the elementwise work.
+    plan: list[tuple[str, Callable[[], None]]] = []
+    add = lambda name, call, *args: plan.append((f"{name} {args}", lambda: call(bench, *args)))  # noqa: E731
     for r in ranks:
         for m in (f, h):
-            with results.attempt(f"grow {m} {r}"):
-                growing(bench, m, r)
-            elementwise(bench, m, r)
+            add("grow", growing, m, r)
     for r in ranks:
         for T in tokens:
             for m, n in ((f, h), (h, f)):
-                if not options.late:
-                    products(bench, m, n, r, T, more=m == f and r == ranks[0] and T in TUNED)
+                add("products", products, m, n, r, T, False)
+    for T in [t for t in tokens if t in TUNED]:
+        add("tiles", products, f, h, ranks[0], T, True)
+    for r in ranks:
+        for m in (f, h):
+            add("elementwise", elementwise, m, r)
+    for name, call in plan:
+        if options.late:
+            results.put("left_out", name)
+            continue
+        with results.attempt(name):
+            call()
     return 0
 
 

@@ -76,7 +76,8 @@ def _correctness(result: Result) -> list[str]:
     ]
     for b in result.get("basis", []):
         parts.append(
-            f"A and B of {b['A and B']} in bf16, on the device: {min(b['ms']):.1f} ms (bit-identical: {b['bit-identical']})."
+            f"A and B of {b['A and B']} in bf16, on the device{', by the kernel' * b['kernels']}: {min(b['ms']):.1f} ms "
+            f"(bit-identical: {b['bit-identical']})."
         )
     for m in result.get("merging", []):
         c = _ceilings(result)
@@ -178,7 +179,7 @@ def _kernels(result: Result) -> list[str]:
         rows = []
         for entry in result.get(section, []):
             m, n, r, T, found = entry["m"], entry["n"], entry["r"], entry["T"], entry["us"]
-            side, other = (m, 2 * T * (r + 3 * m)) if section == "mixed" else (n, 2 * T * (n + r))
+            side, other = (m, 2 * T * (2 * r + 3 * m)) if section == "mixed" else (n, 2 * T * (n + r))
             least = 1e3 * c.ms(2 * T * r * side, 2 * r * side + other)
             best = {s: _best(found, s) for s in ("numbers", "bytes", "grown")}
             cells = [_us(found, name) for name in ("frozen linear", "plain", "compiled")]
@@ -210,10 +211,10 @@ def _kernels(result: Result) -> list[str]:
 
 
 def _code(result: Result) -> list[str]:
-    head = ["kernel", "dtype", "matrix", "tokens", "registers", "spilled bytes", "shared KiB", "matrix instructions"]
+    head = ["kernel", "dtype", "matrix", "levels", "tokens", "registers", "stack bytes", "shared KiB", "matrix instructions"]
     rows = [
         [
-            *(str(e.get(k, "")) for k in ("kernel", "dtype", "source", "T", "registers", "spilled_bytes")),
+            *(str(e.get(k, "")) for k in ("what", "dtype", "source", "levels", "T", "registers", "stack_bytes")),
             f"{e['shared_bytes'] / 1024:.1f}",
             f"{e['wgmma']} wgmma, {e['mma']} mma",
         ]

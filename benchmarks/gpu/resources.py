@@ -1,7 +1,7 @@
 """What the kernels come to in machine code: compiled for a Hopper GPU (sm_90), which needs no GPU. Needs the package triton.
 
-Of each: registers a thread, bytes of spilled registers, shared memory, and instructions that say which units it uses. Prints a
-line a kernel and writes kernels_code.json. `python -m benchmarks.gpu.resources`
+Of each: registers a thread, bytes of stack, where registers spill, shared memory, and instructions that say which units it uses.
+Prints a line a kernel and writes kernels_code.json. `python -m benchmarks.gpu.resources`
 """
 
 import re
@@ -17,21 +17,32 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from veralib.kernels import folding, grow, mixed
+from veralib.kernels.words import LEVELS
 
 from . import common
 
 POINTER = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
-INTEGERS = ("T", "outputs", "per_row", "m", "r", "rows", "columns", "matrix", "layer", "k0", "k1")
+INTEGERS = ("T", "outputs", "inputs", "per_row", "m", "r", "rows", "columns", "matrix", "layer", "k0", "k1")
+WHOLE = ("inputs", "outputs", "m", "r", "rows", "columns")  # multiples of 16 in real models, as strides are
 SOURCES = ("numbers", "bytes", "grown")
-TOKENS, OUTPUTS = (16, 32, 256), 11008
+HALF, FULL = torch.bfloat16, torch.float32
+# what, dtype, source, tokens, outputs, kind of levels
+PRODUCTS = (
+    *(("mixed_add", HALF, source, T, 11008, "kaiming_uniform") for source in SOURCES for T in (16, 32, 256)),
+    *(("mixed_add", dtype, source, 16, 11008, "kaiming_uniform") for dtype in (torch.float16, FULL) for source in SOURCES),
+    *(("mixed_add", FULL, source, 256, 11008, "kaiming_uniform") for source in SOURCES[:2]),
+    *(("mixed_add", HALF, source, 16, 11008, "kaiming_normal") for source in SOURCES[1:]),
+    *(("rank_space", HALF, source, T, 256, "kaiming_uniform") for source in SOURCES for T in (16, 256)),
+)
 
 
 def compiled(kernel: Any, pointers: dict[str, str], constants: dict[str, Any], warps: int = 4, stages: int = 3) -> dict[str, Any]:
-    """One kernel's resources. pointers: the types of its tensors, all of them aligned to 16 bytes, as are strides."""
+    """One kernel's resources. pointers: its tensors' types, all aligned to 16 bytes; constants: what is known at compile time."""
     names = kernel.arg_names
-    integers = {n: "i32" for n in names if n in INTEGERS or n.startswith("s_")}
+    integers = {n: "i64" if n == "k0" else "i32" for n in names if n in INTEGERS or n.startswith("s_")}
     types = pointers | integers | {"scale": "fp32"}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n in pointers or n.startswith("s_")}
+    even = {*pointers, *WHOLE, *(n for n in names if n.startswith("s_"))} - constants.keys()
+    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n in even}
     source = ASTSource(
         fn=kernel,
         signature={n: types[n] if n in types and n not in constants else "constexpr" for n in names},
@@ -47,9 +58,8 @@ def compiled(kernel: Any, pointers: dict[str, str], constants: dict[str, Any], w
     count = made.asm["ptx"].count
     found = {name.lower(): int(number) for name, number in re.findall(r"(REG|STACK):(\d+)", said)}
     return {
-        "kernel": kernel.__name__.lstrip("_"),
         "registers": found["reg"],
-        "spilled_bytes": found["stack"],
+        "stack_bytes": found["stack"],
         "shared_bytes": made.metadata.shared,
         "wgmma": count("wgmma.mma_async"),
         "mma": count("mma.sync"),
@@ -68,27 +78,28 @@ def main(arguments: list[str] | None = None) -> int:
         results.put("kernels", entry)
         print(", ".join(f"{k} {v}" for k, v in entry.items()), flush=True)
 
-    for dtype in POINTER:
-        low, name = POINTER[dtype], str(dtype).removeprefix("torch.")
-        for kind, source in enumerate(SOURCES):
-            for T in TOKENS if dtype == torch.bfloat16 else TOKENS[:1]:
-                tile = mixed.choose_tile(T, OUTPUTS, kind == 2, dtype)
-                pointers = dict.fromkeys(("out", "x", "F", "d", "b"), low) | {"index": "*i64", "levels": "*fp32"}
-                if source == "bytes":
-                    pointers["F"] = "*u8"
-                shape = {"BT": tile.BT, "BO": tile.BO, "BK": tile.BK}
-                constants = {"INPUTS": 256, "SCALED": True, "INDEXED": True, "SOURCE": kind, "LEVELS": 0, "INTERPRETED": False}
-                what = {"dtype": name, "source": source, "T": T, "tile": list(shape.values())}
-                put(what, mixed._product, pointers, constants | shape, tile.num_warps, tile.num_stages)
+    for what, dtype, source, T, outputs, levels in PRODUCTS:
+        low, kind, scaled = POINTER[dtype], SOURCES.index(source), what == "mixed_add"
+        tile = mixed.choose_tile(T, outputs, source == "grown", dtype)
+        pointers = dict.fromkeys(("out", "x", "F", "d", "b"), low)
+        pointers |= {"index": "*i64" if scaled else low, "levels": "*fp32" if levels == "kaiming_normal" else low}
+        if source == "bytes":
+            pointers["F"] = "*u8"
+        shape = {"BT": tile.BT, "BO": tile.BO, "BK": tile.BK}
+        constants = {"per_row": 1, "LENGTH": 0, "SCALED": scaled, "INDEXED": scaled, "SOURCE": kind, "LEVELS": LEVELS[levels]}
+        label = {"what": what, "dtype": str(dtype).removeprefix("torch."), "source": source, "levels": levels, "T": T}
+        put(label | {"tile": list(shape.values())}, mixed._product, pointers, constants | shape, tile.num_warps, tile.num_stages)
+    for dtype, low in POINTER.items():
+        name = str(dtype).removeprefix("torch.")
         vectors = {"d": "*fp32", "b": "*fp32"}
-        put({"dtype": name}, folding._fold, {"out": low, "B": low, **vectors}, {"BI": 16, "BJ": 256})
+        put({"what": "fold", "dtype": name}, folding._fold, {"out": low, "B": low, **vectors}, {"BI": 16, "BJ": 256})
         inputs = {"part_d": "*fp32", "grad_b": "*fp32", "P": low, "B": low, **vectors}
-        put({"dtype": name}, folding._gradients, inputs, {"R": 1024, "BI": 32, "BJ": 128})
-        for raw in (False, True):
-            output = {"out": "*u8" if raw else low, "levels": "*fp32"}
-            put({"dtype": "uint8" if raw else name}, grow._grow, output, {"LEVELS": 0, "RAW": raw, "BI": 32, "BC": 8})
-    spilled = [e for e in results.data["kernels"] if e["spilled_bytes"]]
-    print(f"{len(results.data['kernels'])} kernels, {len(spilled)} of them spill registers", flush=True)
+        put({"what": "vector_gradients", "dtype": name}, folding._gradients, inputs, {"LENGTH": 0, "BI": 16, "BJ": 128})
+    for name, out in (("uint8", "*u8"), *((str(dtype).removeprefix("torch."), low) for dtype, low in POINTER.items())):
+        constants = {"LEVELS": 0, "RAW": name == "uint8", "BI": 32, "BC": 8}
+        put({"what": "grow", "dtype": name}, grow._grow, {"out": out, "levels": out}, constants)
+    most = max(e["stack_bytes"] for e in results.data["kernels"])
+    print(f"{len(results.data['kernels'])} kernels, with {most} bytes of stack at most", flush=True)
     return 0
 
 

@@ -90,11 +90,11 @@ def make_step(
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True) if trained else None
 
     def forward() -> torch.Tensor:
+        kernels.use(fused)
         with torch.autocast(x.device.type, torch.bfloat16) if autocast else contextlib.nullcontext():
             return model(inputs_embeds=x, use_cache=False).last_hidden_state
 
     def step() -> None:
-        kernels.use(fused)
         forward().backward(g)
         x.grad = None
         if optimizer is not None:

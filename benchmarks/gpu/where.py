@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from veralib import kernels as kernels_of_veralib
+
 from . import common, decode, train_step
 
 TOP = 25
@@ -41,10 +43,13 @@ def main(arguments: list[str] | None = None) -> int:
     tokens = 32 if options.tiny else train_step.TOKENS
     x = torch.randn(1, tokens, size.hidden, device=clock.device).to(torch.bfloat16).requires_grad_()
     g = torch.randn_like(x)
+    fused = (False, True) if kernels_of_veralib.installed() and clock.cuda else (False,)
     for contestant in train_step.CONTESTANTS:
+        if contestant.fused not in fused:
+            continue
         if contestant.method in ("frozen", "veralib") or (contestant.rank == 16 and not contestant.low):
             with results.attempt(f"train {contestant.name}"):
-                _, step = train_step.make_step(train_step.enter(base, contestant), x, g, autocast=False)
+                _, step = train_step.make_step(train_step.enter(base, contestant), x, g, False, contestant.fused)
                 results.put("train_step", kernels(clock, step), contestant.name)
     base.eval()
     ranks, batch, count = ((4,), 4, 4) if options.tiny else ((256, 1024), 64, 64)
@@ -54,8 +59,10 @@ def main(arguments: list[str] | None = None) -> int:
     for r in ranks:
         with results.attempt(f"decode veralib-{r}"):
             model = common.twin(base)
-            run = runs.veralib(model, decode.fill(model, r, count), one, batch)
-            results.put("decode", kernels(clock, run), f"veralib-{r}")
+            vera = decode.fill(model, r, count)
+            for wanted in fused:
+                run = runs.veralib(model, vera, one, batch, wanted)
+                results.put("decode", kernels(clock, run), f"veralib-{r}" + "-kernels" * wanted)
     for section in ("train_step", "decode"):
         for name, found in results.data.get(section, {}).items():
             print(f"{section} {name}: {found['ms']:.2f} ms in {found['launches']:.0f} launches", flush=True)

@@ -4,18 +4,19 @@ import pytest
 import torch
 
 from tests.kernels.conftest import BOUND, DTYPES, draw, error
+from veralib.kernels import plain
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("m, r", [(1, 1), (70, 33), (37, 300), (0, 4), (4, 0)])
 def test_fold(device, dtype, m, r):
-    from veralib.kernels.folding import fold, fold_plain
+    from veralib.kernels.folding import fold
 
     B, d, b = draw(m, r + 2, dtype=dtype, device=device)[:, :r], draw(r, device=device), draw(m, device=device)
     right = b.double()[:, None] * B.double() * (d.double() * 0.37)
     out = fold(B, d, b, 0.37, dtype)
     assert out.shape == (m, r) and out.dtype == dtype
-    assert error(out, right) < BOUND[dtype] and error(fold_plain(B, d, b, 0.37, dtype), right) < BOUND[dtype]
+    assert error(out, right) < BOUND[dtype] and error(plain.fold(B, d, b, 0.37, dtype), right) < BOUND[dtype]
 
 
 def test_columns_apart_are_refused(device):
@@ -31,13 +32,13 @@ def test_columns_apart_are_refused(device):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("m, r", [(1, 1), (70, 33), (37, 300), (0, 4), (4, 0)])
 def test_vector_gradients_are_float32_and_the_same_every_time(device, dtype, m, r):
-    from veralib.kernels.folding import vector_gradients, vector_gradients_plain
+    from veralib.kernels.folding import vector_gradients
 
     B, P = (draw(m, r + k, dtype=dtype, device=device)[:, :r] for k in (2, 1))
     d, b = draw(r, device=device), draw(m, device=device)
     Q = P.double() * B.double()
     right = (Q.t() @ b.double() * 0.37, Q @ d.double() * 0.37)
-    for make in (vector_gradients, vector_gradients_plain):
+    for make in (vector_gradients, plain.vector_gradients):
         for out, exact in zip(make(P, B, d, b, 0.37), right, strict=True):
             assert out.dtype == torch.float32 and out.shape == exact.shape and error(out, exact) < 2e-6
     again = vector_gradients(P, B, d, b, 0.37)

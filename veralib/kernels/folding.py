@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import interpreted
 from .words import check_columns
 
 
@@ -22,13 +23,8 @@ def _fold(out, B, d, b, scale, m, r, s_B, BI: tl.constexpr, BJ: tl.constexpr):
     tl.store(out + i.to(tl.int64)[:, None] * r + j[None, :], (left * B_tile * right).to(out.dtype.element_ty), mask=there)
 
 
-def fold_plain(B: Tensor, d: Tensor, b: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """C = Λ_b B Λ_d with the scale in it, computed in float32. B: (m, r)  d: (r,)  b: (m,)  ->  (m, r) in dtype."""
-    return ((b[:, None] * B.float()) * (d * scale)).to(dtype)
-
-
 def fold(B: Tensor, d: Tensor, b: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """fold_plain in one pass: reads B once, writes C once. d, b: float32, contiguous; B's rows are."""
+    """plain.fold in one pass: reads B once, writes C once. d, b: float32, contiguous; B's rows are."""
     check_columns(B=B, d=d, b=b)
     m, r = B.shape
     out = torch.empty(m, r, dtype=dtype, device=B.device)
@@ -41,37 +37,34 @@ def fold(B: Tensor, d: Tensor, b: Tensor, scale: float, dtype: torch.dtype) -> T
 
 
 @triton.jit
-def _gradients(part_d, grad_b, P, B, d, b, scale, m, s_P, s_B, R: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr):
+def _gradients(part_d, grad_b, P, B, d, b, scale, m, r, s_P, s_B, LENGTH: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr):
     i = tl.program_id(0) * BI + tl.arange(0, BI)
     mine = i < m
     left = tl.load(b + i, mask=mine, other=0.0)
     total = tl.zeros((BI,), tl.float32)
-    for start in range(0, R, BJ):
+    for start in range(0, LENGTH if LENGTH else r, BJ):
         j = start + tl.arange(0, BJ)
-        there = mine[:, None] & (j < R)[None, :]
+        there = mine[:, None] & (j < r)[None, :]
         P_tile = tl.load(P + i.to(tl.int64)[:, None] * s_P + j[None, :], mask=there, other=0.0).to(tl.float32)
         Q = P_tile * tl.load(B + i.to(tl.int64)[:, None] * s_B + j[None, :], mask=there, other=0.0).to(tl.float32)
-        total += tl.sum(Q * tl.load(d + j, mask=j < R, other=0.0)[None, :], axis=1)
-        tl.store(part_d + tl.program_id(0).to(tl.int64) * R + j, tl.sum(Q * left[:, None], axis=0) * scale, mask=j < R)
+        total += tl.sum(Q * tl.load(d + j, mask=j < r, other=0.0)[None, :], axis=1)
+        tl.store(part_d + tl.program_id(0).to(tl.int64) * r + j, tl.sum(Q * left[:, None], axis=0) * scale, mask=j < r)
     tl.store(grad_b + i, total * scale, mask=mine)
 
 
-def vector_gradients_plain(P: Tensor, B: Tensor, d: Tensor, b: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """∂d (r,) and ∂b (m,), float32, from P = gᵀ u (m, r): with Q = B ∘ P, ∂b = Q d and ∂d = Qᵀ b, the scale in both."""
-    Q = P.float() * B.float()
-    return torch.mv(Q.t(), b) * scale, torch.mv(Q, d) * scale
-
-
 def vector_gradients(P: Tensor, B: Tensor, d: Tensor, b: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """vector_gradients_plain in one pass over P and B. ∂d is added up in two steps, always in the same order."""
+    """plain.vector_gradients in one pass over P and B. ∂d is added up in two steps, always in the same order."""
     check_columns(P=P, B=B, d=d, b=b)
     m, r = P.shape
     if not m or not r:
         return torch.zeros_like(d), torch.zeros_like(b)
-    BI, BJ = 32, 128
+    BI, BJ = 16, 128
     parts = triton.cdiv(m, BI)
     part_d = torch.empty(parts, r, dtype=torch.float32, device=P.device)
     grad_b = torch.empty(m, dtype=torch.float32, device=P.device)
+    length = r if interpreted() else 0  # as in mixed.py
     with torch.cuda.device_of(P):
-        _gradients[(parts,)](part_d, grad_b, P, B, d, b, float(scale), m, P.stride(0), B.stride(0), R=r, BI=BI, BJ=BJ)
+        _gradients[(parts,)](
+            part_d, grad_b, P, B, d, b, float(scale), m, r, P.stride(0), B.stride(0), LENGTH=length, BI=BI, BJ=BJ
+        )
     return part_d.sum(0), grad_b

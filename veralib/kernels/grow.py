@@ -25,18 +25,18 @@ def _grow(out, levels, rows, columns, matrix, layer, k0, k1, LEVELS: tl.constexp
             tl.store(place + s, level(v, levels, LEVELS).to(out.dtype.element_ty), mask=there)
 
 
-def grow(basis: Basis, matrix: int, rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The leading block (rows, columns) of A or B (matrix: basis.MATRIX_A or MATRIX_B); the raw bytes v where dtype is uint8.
+def grow(basis: Basis, matrix: int, out: Tensor) -> Tensor:
+    """Fills out (rows, columns) with the leading block of A or B (matrix: MATRIX_A or MATRIX_B); raw bytes v where it is uint8.
 
     Only for a "philox-u8" basis. The plain form: basis.basis_bytes and basis.Basis.A, whose bits these are.
     """
-    out = torch.empty(rows, columns, dtype=dtype, device=device)
+    rows, columns = out.shape
     BI, BC = 32, 8
-    grid = (triton.cdiv(rows, BI), triton.cdiv(columns, 16 * BC))
     if not out.numel():
         return out
     with torch.cuda.device_of(out):
         k0, k1 = key(basis)
-        kinds = {"LEVELS": LEVELS[basis.levels], "RAW": dtype == torch.uint8}
-        _grow[grid](out, table(basis.levels, device), rows, columns, matrix, basis.layer_id, k0, k1, BI=BI, BC=BC, **kinds)
+        kinds = {"LEVELS": LEVELS[basis.levels], "RAW": out.dtype == torch.uint8}
+        grid = (triton.cdiv(rows, BI), triton.cdiv(columns, 16 * BC))
+        _grow[grid](out, table(basis.levels, out), rows, columns, matrix, basis.layer_id, k0, k1, BI=BI, BC=BC, **kinds)
     return out

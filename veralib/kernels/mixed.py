@@ -12,9 +12,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn import functional as F
 
-from ..basis import Basis
+from ..basis import Basis, level_table
 from . import interpreted
 from .words import LEVELS, byte, check_columns, key, level, table, words
 
@@ -40,36 +39,40 @@ def _dot(left, right, total, INTERPRETED: tl.constexpr):
 
 @triton.jit(do_not_specialize=["matrix", "layer", "k0", "k1"])
 def _product(
-    out, x, F, d, b, index, levels, T, outputs, per_row, s_out, s_x, s_F, s_d, s_b, matrix, layer, k0, k1,
-    INPUTS: tl.constexpr, SCALED: tl.constexpr, INDEXED: tl.constexpr, SOURCE: tl.constexpr, LEVELS: tl.constexpr,
-    INTERPRETED: tl.constexpr, BT: tl.constexpr, BO: tl.constexpr, BK: tl.constexpr,
+    out, x, F, d, b, index, levels, T, outputs, inputs, per_row, s_out, s_x, s_F, s_d, s_b, matrix, layer, k0, k1,
+    LENGTH: tl.constexpr, SCALED: tl.constexpr, INDEXED: tl.constexpr, SOURCE: tl.constexpr, LEVELS: tl.constexpr,
+    BT: tl.constexpr, BO: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     tokens = tl.program_id(0) * BT + tl.arange(0, BT)
     o = tl.program_id(1) * BO + tl.arange(0, BO)
     rows = tokens // per_row
     if INDEXED:
         rows = tl.load(index + rows, mask=tokens < T, other=-1).to(tl.int32)
+        if tl.max(rows, axis=0) < 0:  # no token of this tile has an adapter
+            return
+    # LENGTH: inputs, for the interpreter alone: Triton 3.6's can't count a loop to a number that it is given at run time.
+    end = LENGTH if LENGTH else inputs
     low = x.dtype.element_ty
     total = tl.zeros((BT, BO), tl.float32)
     if SOURCE == 2:
-        for start in range(0, (INPUTS + 15) // 16, BK):
+        for start in range(0, (end + 15) // 16, BK):
             c = start + tl.arange(0, BK)
             w0, w1, w2, w3 = words(c[:, None], o[None, :], matrix, layer, k0, k1)
             for s in tl.static_range(16):
                 grown = level(byte(w0, w1, w2, w3, s), levels, LEVELS).to(low)
-                left = _left(x, d, tokens, rows, c * 16 + s, T, INPUTS, s_x, s_d, SCALED)
-                total = _dot(left, grown, total, INTERPRETED)
+                left = _left(x, d, tokens, rows, c * 16 + s, T, inputs, s_x, s_d, SCALED)
+                total = _dot(left, grown, total, LENGTH > 0)
     else:
-        for start in range(0, INPUTS, BK):
+        for start in range(0, end, BK):
             ks = start + tl.arange(0, BK)
-            left = _left(x, d, tokens, rows, ks, T, INPUTS, s_x, s_d, SCALED)
-            there = (ks < INPUTS)[:, None] & (o < outputs)[None, :]
+            left = _left(x, d, tokens, rows, ks, T, inputs, s_x, s_d, SCALED)
+            there = (ks < inputs)[:, None] & (o < outputs)[None, :]
             read = tl.load(F + o.to(tl.int64)[None, :] * s_F + ks[:, None], mask=there, other=0)
             if SOURCE == 1:
                 right = tl.where(there, level(read.to(tl.int32), levels, LEVELS), 0.0).to(low)
             else:
                 right = read.to(low)
-            total = _dot(left, right, total, INTERPRETED)
+            total = _dot(left, right, total, LENGTH > 0)
     there = (tokens < T)[:, None] & (o < outputs)[None, :]
     place = out + tokens.to(tl.int64)[:, None] * s_out + o[None, :]
     if SCALED:
@@ -102,16 +105,11 @@ Source = Tensor | Bytes | Grown
 def numbers(source: Source, like: Tensor) -> Tensor:
     """The matrix (outputs, inputs) in like's dtype: what the plain forms multiply by."""
     if isinstance(source, Bytes):
-        return table(source.levels, source.raw.device)[source.raw.int()].to(like.dtype)
+        return torch.from_numpy(level_table(source.levels).copy()).to(like.device)[source.raw.int()].to(like.dtype)
     if isinstance(source, Grown):
         make = source.basis.B if source.matrix else source.basis.A
         return make(*source.shape, like.device, like.dtype)
     return source.to(like.dtype)
-
-
-def rank_space_plain(x: Tensor, A: Source) -> Tensor:
-    """u = A x. x: (T, n)  ->  (T, r)."""
-    return F.linear(x, numbers(A, x))
 
 
 def rank_space(x: Tensor, A: Source) -> Tensor:
@@ -121,23 +119,11 @@ def rank_space(x: Tensor, A: Source) -> Tensor:
     return out
 
 
-def mixed_add_plain(out: Tensor, u: Tensor, d: Tensor, b: Tensor, index: Tensor | None, B: Source, per_row: int = 1) -> Tensor:
-    """out += b_i ∘ B(d_i ∘ u), in place, where token t has adapter i = index[t // per_row]; nothing where that is below 0.
-
-    out: (T, m), may be some columns of a wider tensor  u: (T, r)  d: (K, r), the scale in it  b: (K, m)  B: (m, r). Without an
-    index row k has adapter k. Source: paper, Eq. 2.
-    """
-    rows = torch.arange(len(u), device=u.device) // per_row
-    own = rows if index is None else index[rows]
-    mine = torch.nonzero(own >= 0)[:, 0]
-    left = (u[mine].float() * d[own[mine]].float()).to(u.dtype)
-    y = F.linear(left, numbers(B, u)).float() * b[own[mine]].float()
-    return out.index_copy_(0, mine, (out[mine].float() + y).to(out.dtype))
-
-
 def mixed_add(out: Tensor, u: Tensor, d: Tensor, b: Tensor, index: Tensor | None, B: Source, per_row: int = 1) -> Tensor:
-    """mixed_add_plain in one kernel: gathers d and b itself, and sums in float32."""
+    """plain.mixed_add in one kernel, from any source of B: gathers d and b itself, and sums in float32."""
     _launch(out, u, B, d, b, index, per_row)
+    if not out.is_inference():
+        torch.autograd.graph.increment_version(out)  # as a change in place that torch sees
     return out
 
 
@@ -154,10 +140,11 @@ class Tile(NamedTuple):
 def choose_tile(T: int, outputs: int, grown: bool, dtype: torch.dtype) -> Tile:
     """A first choice by arithmetic and by what the compiler says of registers; no measurement has changed it yet."""
     BT = 16 if T <= 16 else 32 if T <= 32 or dtype == torch.float32 else 64
+    BO = 16 if outputs <= 512 else 64  # a thin matrix must be cut up finely to reach every multiprocessor
     if grown:
-        return Tile(BT, 64, 16, 4, 2)
+        return Tile(BT, BO, 16, 4, 1)  # nothing large is read ahead
     if dtype == torch.float32 or T <= 64 or outputs <= 4096:
-        return Tile(BT, 64, 64 if dtype != torch.float32 else 32, 4, 3)
+        return Tile(BT, BO, 64 if dtype != torch.float32 else 32, 4, 3)
     return Tile(128, 128, 64, 8, 3)
 
 
@@ -167,7 +154,9 @@ def _launch(
 ) -> None:  # fmt: skip
     outputs, inputs = _shape(F)
     T = x.shape[0]
-    if not T or not outputs:
+    if not T or not outputs or not inputs:
+        if d is None:
+            out.zero_()
         return
     values = F if isinstance(F, Tensor) else F.raw if isinstance(F, Bytes) else x
     kind = 0 if isinstance(F, Tensor) else 1 if isinstance(F, Bytes) else 2
@@ -181,11 +170,12 @@ def _launch(
     or_none = lambda t: x if t is None else t  # noqa: E731  # a pointer that is never read
     with torch.cuda.device_of(x):
         _product[(triton.cdiv(T, tile.BT), triton.cdiv(outputs, tile.BO))](
-            out, x, values, or_none(d), or_none(b), or_none(index), table(levels, x.device),
-            T, outputs, per_row, out.stride(0), x.stride(0), values.stride(0), or_none(d).stride(0), or_none(b).stride(0),
+            out, x, values, or_none(d), or_none(b), or_none(index), table(levels, x),
+            T, outputs, inputs, per_row,
+            out.stride(0), x.stride(0), values.stride(0), or_none(d).stride(0), or_none(b).stride(0),
             F.matrix if isinstance(F, Grown) else 0, basis.layer_id if basis else 0, k0, k1,
-            INPUTS=inputs, SCALED=d is not None, INDEXED=index is not None, SOURCE=kind, LEVELS=LEVELS[levels],
-            INTERPRETED=interpreted(), **tile._asdict(),
+            LENGTH=inputs if interpreted() else 0, SCALED=d is not None, INDEXED=index is not None,
+            SOURCE=kind, LEVELS=LEVELS[levels], **tile._asdict(),
         )  # fmt: skip
 
 

@@ -1,7 +1,5 @@
 """What the kernels share: the words of Philox, and the level that a byte stands for (basis.py has both in numpy and torch)."""
 
-from functools import lru_cache
-
 import torch
 import triton
 import triton.language as tl
@@ -16,10 +14,11 @@ LEVELS = {"kaiming_uniform": 0, "uniform": 1, "rademacher": 2, "kaiming_normal":
 def philox(c0, c1, c2, c3, k0, k1):
     """Philox4x32-10: four uint32 words for each counter."""
     for _ in tl.static_range(10):
-        h0, l0 = tl.umulhi(c0, 0xD2511F53), c0 * 0xD2511F53
-        h1, l1 = tl.umulhi(c2, 0xCD9E8D57), c2 * 0xCD9E8D57
+        # These wrap: not to be sanitised, which TRITON_DEBUG=1 would do.
+        h0, l0 = tl.umulhi(c0, 0xD2511F53), tl.mul(c0, 0xD2511F53, sanitize_overflow=False)
+        h1, l1 = tl.umulhi(c2, 0xCD9E8D57), tl.mul(c2, 0xCD9E8D57, sanitize_overflow=False)
         c0, c1, c2, c3 = h1 ^ c1 ^ k0, l1, h0 ^ c3 ^ k1, l0
-        k0, k1 = k0 + 0x9E3779B9, k1 + 0xBB67AE85
+        k0, k1 = tl.add(k0, 0x9E3779B9, sanitize_overflow=False), tl.add(k1, 0xBB67AE85, sanitize_overflow=False)
     return c0, c1, c2, c3
 
 
@@ -63,10 +62,17 @@ def level(v, table, LEVELS: tl.constexpr):
         return tl.load(table + v)
 
 
-@lru_cache(maxsize=8)
-def table(levels: str, device: torch.device) -> Tensor:
-    """The 256 levels on a device, float32."""
-    return torch.from_numpy(level_table(levels).copy()).to(device)
+_tables: dict[torch.device, Tensor] = {}
+
+
+def table(levels: str, like: Tensor) -> Tensor:
+    """The 256 levels, float32, on like's device where they are no arithmetic of v; else like itself, as a pointer never read."""
+    if levels != "kaiming_normal":
+        return like
+    if like.device not in _tables:
+        with torch.inference_mode(False):
+            _tables[like.device] = torch.from_numpy(level_table(levels).copy()).to(like.device)
+    return _tables[like.device]
 
 
 def check_columns(**tensors: Tensor | None) -> None:

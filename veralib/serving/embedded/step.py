@@ -67,7 +67,7 @@ class Pool(Selection):
         return parts
 
     @torch.inference_mode(False)
-    def _rows(self, numbers: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor, bool, bool, torch.Tensor]:
+    def _rows(self, numbers: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor, bool, bool, dict]:
         rows = self._cache["rows"].get(numbers)
         if rows is None:
             place, groups = self._cache["place"], self._cache["groups"]
@@ -77,12 +77,15 @@ class Pool(Selection):
                 start += len(groups[number].members)
             found = [(i, *place[m]) for i, m in enumerate(self.members) if m is not None]
             chosen = [(i, starts[g] + k) for i, g, k in found if g in starts]
-            on = lambda numbers: torch.tensor(numbers, dtype=torch.long, device=self.device)  # noqa: E731
-            positions, index = on([i for i, _ in chosen]), on([k for _, k in chosen])
-            everyone = len(chosen) == len(self.members)
-            of = dict(chosen)
-            places = index if everyone else on([of.get(i, -1) for i in range(len(self.members))])
-            rows = (positions, index, everyone, [k for _, k in chosen] == list(range(start)), places)
+            positions = torch.tensor([i for i, _ in chosen], dtype=torch.long, device=self.device)
+            index = [k for _, k in chosen]
+            rows = (
+                positions,
+                torch.tensor(index, dtype=torch.long, device=self.device),
+                len(chosen) == len(self.members),
+                index == list(range(start)),
+                {},
+            )
             self._cache["rows"][numbers] = rows
         return rows
 
