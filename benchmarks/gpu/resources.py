@@ -22,7 +22,7 @@ from veralib.kernels.words import LEVELS
 from . import common
 
 POINTER = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
-INTEGERS = ("T", "outputs", "inputs", "per_row", "m", "r", "rows", "columns", "matrix", "layer", "k0", "k1")
+INTEGERS = ("T", "outputs", "inputs", "adapters", "per_row", "m", "r", "rows", "columns", "matrix", "layer", "k0", "k1")
 WHOLE = ("inputs", "outputs", "m", "r", "rows", "columns")  # multiples of 16 in real models, as strides are
 SOURCES = ("numbers", "bytes", "grown")
 HALF, FULL = torch.bfloat16, torch.float32

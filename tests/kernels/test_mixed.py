@@ -25,7 +25,7 @@ def exactly(out, u, d, b, index, B, per_row):
     right = out.double().cpu()
     for t in range(len(u)):
         k = t // per_row if index is None else int(index[t // per_row])
-        if k >= 0:
+        if 0 <= k < len(d):
             right[t] += b[k].double().cpu() * (B @ (d[k].double().cpu() * u[t].double().cpu()))
     return right
 
@@ -57,7 +57,7 @@ def test_mixed_add(device, dtype, kind, T, m, r, K, per_row):
     d, b = table[:, :r], table[:, r:]
     index = None
     if K * per_row != T:
-        index = torch.randint(-1, K, (T // per_row,), device=device)
+        index = torch.randint(-1, K + 1, (T // per_row,), device=device)
         index[T // per_row // 2 :] = -1  # whole tiles of it in the longest case
     right = exactly(out, u, d, b, index, numbers(B, u).double().cpu(), per_row)
     without = plain.mixed_add(out.clone(), u, d, b, index, numbers(B, u), per_row)
@@ -66,7 +66,7 @@ def test_mixed_add(device, dtype, kind, T, m, r, K, per_row):
     assert error(out, right) < BOUND[dtype] and error(without, right) < BOUND[dtype]
     assert torch.equal(wide[:, :4], before[:, :4]) and torch.equal(wide[:, 4 + m :], before[:, 4 + m :])
     if index is not None:
-        nobody = index.repeat_interleave(per_row) < 0
+        nobody = ((index < 0) | (index >= K)).repeat_interleave(per_row)
         assert torch.equal(out[nobody], before[:, 4 : 4 + m][nobody])
 
 
@@ -84,14 +84,14 @@ def test_rank_space(device, dtype, kind, levels):
 
 
 def test_a_row_without_an_adapter_is_left_alone_whatever_it_holds(device):
-    """Never multiplied by zero: inf · 0 is no number."""
+    """Never multiplied by zero: inf · 0 is no number. Nor is anything read for an index that no adapter has."""
     from veralib.kernels.mixed import mixed_add
 
-    out, u = draw(2, 8, device=device), draw(2, 4, device=device)
-    out[1], u[1] = torch.inf, torch.nan
+    out, u = draw(3, 8, device=device), draw(3, 4, device=device)
+    out[1:], u[1:] = torch.inf, torch.nan
     d, b = draw(1, 4, device=device), draw(1, 8, device=device)
-    mixed_add(out, u, d, b, torch.tensor([0, -1], device=device), draw(8, 4, device=device))
-    assert out[0].isfinite().all() and (out[1] == torch.inf).all()
+    mixed_add(out, u, d, b, torch.tensor([0, -1, 2**40], device=device), draw(8, 4, device=device))
+    assert out[0].isfinite().all() and (out[1:] == torch.inf).all()
 
 
 def test_no_tokens_and_columns_apart(device):

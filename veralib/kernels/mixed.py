@@ -39,7 +39,7 @@ def _dot(left, right, total, INTERPRETED: tl.constexpr):
 
 @triton.jit(do_not_specialize=["matrix", "layer", "k0", "k1"])
 def _product(
-    out, x, F, d, b, index, levels, T, outputs, inputs, per_row, s_out, s_x, s_F, s_d, s_b, matrix, layer, k0, k1,
+    out, x, F, d, b, index, levels, T, outputs, inputs, adapters, per_row, s_out, s_x, s_F, s_d, s_b, matrix, layer, k0, k1,
     LENGTH: tl.constexpr, SCALED: tl.constexpr, INDEXED: tl.constexpr, SOURCE: tl.constexpr, LEVELS: tl.constexpr,
     BT: tl.constexpr, BO: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
@@ -47,7 +47,8 @@ def _product(
     o = tl.program_id(1) * BO + tl.arange(0, BO)
     rows = tokens // per_row
     if INDEXED:
-        rows = tl.load(index + rows, mask=tokens < T, other=-1).to(tl.int32)
+        rows = tl.load(index + rows, mask=tokens < T, other=-1)
+        rows = tl.where(rows < adapters, rows, -1).to(tl.int32)
         if tl.max(rows, axis=0) < 0:  # no token of this tile has an adapter
             return
     # LENGTH: inputs, for the interpreter alone: Triton 3.6's can't count a loop to a number that it is given at run time.
@@ -171,7 +172,7 @@ def _launch(
     with torch.cuda.device_of(x):
         _product[(triton.cdiv(T, tile.BT), triton.cdiv(outputs, tile.BO))](
             out, x, values, or_none(d), or_none(b), or_none(index), table(levels, x),
-            T, outputs, inputs, per_row,
+            T, outputs, inputs, 0 if d is None else len(d), per_row,
             out.stride(0), x.stride(0), values.stride(0), or_none(d).stride(0), or_none(b).stride(0),
             F.matrix if isinstance(F, Grown) else 0, basis.layer_id if basis else 0, k0, k1,
             LENGTH=inputs if interpreted() else 0, SCALED=d is not None, INDEXED=index is not None,

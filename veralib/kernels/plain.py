@@ -25,14 +25,14 @@ def vector_gradients(
 
 
 def mixed_add(out: Tensor, u: Tensor, d: Tensor, b: Tensor, index: Tensor | None, B: Tensor, per_row: int = 1) -> Tensor:
-    """out += b_i ∘ B(d_i ∘ u), in place, where token t has adapter i = index[t // per_row]; nothing where that is below 0.
+    """out += b_i ∘ B(d_i ∘ u), in place, where token t has adapter i = index[t // per_row]; nothing where that isn't 0 to K − 1.
 
     out: (T, m), may be some columns of a wider tensor  u: (T, r)  d: (K, r), the scale in it  b: (K, m)  B: (m, r). Without an
     index row k has adapter k. Source: paper, Eq. 2.
     """
     rows = torch.arange(len(u), device=u.device) // per_row
     own = rows if index is None else index[rows]
-    mine = torch.nonzero(own >= 0)[:, 0]
+    mine = torch.nonzero((own >= 0) & (own < len(d)))[:, 0]
     left = (u[mine].float() * d[own[mine]].float()).to(u.dtype)
     y = F.linear(left, B.to(u.dtype)).float() * b[own[mine]].float()
     return out.index_copy_(0, mine, (out[mine].float() + y).to(out.dtype))
