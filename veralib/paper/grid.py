@@ -131,16 +131,21 @@ def _plot(by_task: Mapping[str, list[Line]], grid: Grid, path: Path, average: st
     import matplotlib.pyplot as plt
 
     shown = {task: lines for task, lines in by_task.items() if lines}
-    figure, axes = plt.subplots(1, len(shown), figsize=(5.5 * len(shown), 4), squeeze=False)
+    names = list(dict.fromkeys(line.name for lines in shown.values() for line in lines))
+    look = {name: {"color": f"C{i % 10}", "marker": "osD^v"[i // 10 % 5]} for i, name in enumerate(names)}
+    figure, axes = plt.subplots(1, len(shown), figsize=(5 * len(shown), 4), squeeze=False)
+    points = {}
     for axis, (task, lines) in zip(axes[0], shown.items(), strict=True):
         for line in lines:
             scores = list(line.scores.values())
             y = AVERAGES[average](scores)
             x = line.bytes if grid.over == "bytes" else max(line.parameters, 1)
-            axis.errorbar(x, y, yerr=statistics.stdev(scores) if len(scores) > 1 else 0, fmt="o")
-            axis.annotate(line.name, (x, y), textcoords="offset points", xytext=(5, 4), fontsize=8)
+            spread = statistics.stdev(scores) if len(scores) > 1 else 0
+            points[line.name] = axis.errorbar(x, y, yerr=spread, linestyle="", **look[line.name])
         axis.set(xscale="log", xlabel=X_LABELS[grid.over], ylabel=f"{grid.metrics[task]} × 100", title=task)
-        axis.margins(x=0.25)
+        axis.margins(x=0.1)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    # One list of names for all panels: labels at the points would lie over each other.
+    figure.legend([points[n] for n in names], names, loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8, frameon=False)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
