@@ -11,18 +11,18 @@ import veralib
 ROOT = Path(veralib.__file__).parent
 # Modules of one line may import each other; otherwise imports run from a later line to an earlier one.
 ORDER = [
-    {"errors", "container"},
+    {"errors", "container", "sharded"},
     {"basis", "products"},
     {"kernels"},
     {"config", "linears", "hashes", "core", "fused"},
     {"adapter", "autograd", "targets", "budget"},
     {"bank", "checks"},
     {"fleetbank"},
-    {"selection", "runtime", "header", "format", "checkpoint"},
+    {"selection", "runtime", "header", "format"},
     {"compiled", "layers"},
     {"heads"},
     {"matching"},
-    {"residence", "merging", "root"},
+    {"residence", "merging", "root", "checkpoint"},
     {"model"},
     {"attaching"},
     {""},  # veralib/__init__.py

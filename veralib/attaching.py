@@ -8,6 +8,7 @@ from .config import as_config
 from .errors import ConfigError, StateError
 from .linears import keep_unpacked
 from .model import Vera
+from .sharded import refuse_new_vectors
 
 
 def attach(model: nn.Module, config: Any = None, name: str = "default") -> Vera:
@@ -32,6 +33,8 @@ def attach(model: nn.Module, config: Any = None, name: str = "default") -> Vera:
     if inside := [n for n, m in model.named_modules() if "_vera_handle" in m.__dict__]:
         raise StateError(f'"{inside[0]}" inside this model is attached already: detach it first, or use its own handle.')
     config = as_config(config, name, model)
+    if config is not None:
+        refuse_new_vectors(model)
     keep_unpacked(model)
     vera = Vera(model)
     if config is not None:

@@ -1,7 +1,7 @@
-"""What a Trainer checkpoint of a model with adapters holds, and how it comes back."""
+"""An adapter out of a model as plain data; what a Trainer checkpoint of a model with adapters holds, and how it comes back."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,8 +10,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from . import sharded
+from .adapter import Adapter, BaseModel
 from .errors import AdapterFileError, AdapterMismatch, StateError
 from .format import CHECKPOINT_NAME, SEVERAL, save_adapter
+from .linears import shape
+from .matching import quantisation_of
 
 if TYPE_CHECKING:
     from .bank import Member
@@ -20,40 +24,89 @@ if TYPE_CHECKING:
 _RESUME = "Resume with the adapters and settings that the checkpoint was made with."
 
 
+def adapter_of(vera: "Vera", member: "Member", state: Mapping[str, Tensor] | None = None) -> Adapter:
+    """A copy of an adapter's present state, on the CPU. state: a full state_dict of a sharded model, which is read then."""
+    inside = vera.inside
+    sharded.in_pieces(vera.model)
+    read = sharded.reader(state)
+    whole = {key: read(name, tensor) for key, name, tensor in _named(vera, member)}
+    vectors = {u.unit: (whole[f"{u.unit}.d"], whole[f"{u.unit}.b"]) for u in member.layout.units}
+    layers = list(dict.fromkeys([*member.layout.by_layer, *member.biases]))
+    modules: dict[str, dict[str, Tensor]] = {}
+    for head in member.heads:
+        start = f"module.{head}."
+        modules[head] = {k.removeprefix(start): t for k, t in whole.items() if k.startswith(start)}
+    config = getattr(vera.model, "config", None)
+    base = BaseModel(
+        id=str(getattr(config, "_name_or_path", "") or ""),
+        revision=str(getattr(config, "_commit_hash", "") or ""),
+        layers={n: shape(inside.sites[n]) for n in layers},
+        hashes=inside.hashes_of(layers),
+        quantised=quantisation_of(inside.sites[n] for n in layers),
+    )
+    return Adapter(
+        member.config,
+        next(iter(member.layout.units)).basis.shared(),
+        base,
+        vectors,
+        {u.unit: u.basis.layer_id for u in member.layout.units if u.basis.layer_id},
+        {k: v.to("cpu", copy=True) for k, v in member.biases.items()},
+        modules,
+        dict(member.notes),
+    )
+
+
 def _saved_members(vera: "Vera") -> "list[Member]":
     """The adapters that a checkpoint is about: all trainable ones, else the active one, else the first."""
     trainable = [m for m in vera.members.values() if m.trainable]
     return trainable or [m for m in (vera.runtime.active.member, *vera.members.values()) if m is not None][:1]
 
 
-def _tensors(vera: "Vera") -> dict[str, Tensor]:
-    """Every tensor of a checkpoint, live: one adapter's as in its file, several adapters' with their name in front."""
-    out = {}
+def _named(vera: "Vera", member: "Member") -> Iterator[tuple[str, str, Tensor]]:
+    """Every tensor of an adapter, live: (its key in the adapter's file, its name in the model, the tensor)."""
+    for unit in member.layout.units:
+        _, *names = member.owners.get(unit.unit, ("", "", ""))
+        for letter, name, vector in zip("db", names, member.vectors(unit.unit), strict=True):
+            yield f"{unit.unit}.{letter}", f"{unit.layer}.{name}", vector
+    for head in member.heads:
+        for key, tensor in vera.inside.head_state(head, member).items():
+            yield f"module.{head}.{key}", f"{head}.vera_{member.number}.{key}", tensor
+
+
+def _tensors(vera: "Vera") -> dict[str, tuple[str, Tensor]]:
+    """Every tensor of a checkpoint with its name in the model: one adapter's as in its file, several adapters' with their name
+    in front."""
     members = _saved_members(vera)
-    for member in members:
-        prefix = f"{member.name}/" if len(members) > 1 else ""
-        for unit in member.layout.units:
-            for vector, letter in zip(member.vectors(unit.unit), "db", strict=True):
-                out[f"{prefix}{unit.unit}.{letter}"] = vector
-        for head in member.heads:
-            state = vera.inside.head_state(head, member)
-            out |= {f"{prefix}module.{head}.{key}": tensor for key, tensor in state.items()}
-    return out
+    sharded.in_pieces(vera.model)
+    return {
+        (f"{member.name}/" if len(members) > 1 else "") + key: (name, tensor)
+        for member in members
+        for key, name, tensor in _named(vera, member)
+    }
 
 
-def save(vera: "Vera", folder: Path) -> None:
-    """model.safetensors: an adapter file; or, since a file holds one adapter, the bare tensors of several."""
+def save(vera: "Vera", folder: Path, state: Mapping[str, Tensor] | None = None, write: bool = True) -> None:
+    """model.safetensors: an adapter file; or, since a file holds one adapter, the bare tensors of several.
+
+    Of a sharded model: state is the whole model's, gathered before; or all processes call this, and one has write=True.
+    """
     members = _saved_members(vera)
     if not members:
         raise StateError("there is no adapter to save: merge one to write the whole model, or detach() to write the plain one.")
+    if len(members) == 1:
+        adapter = adapter_of(vera, members[0], state)
+    else:
+        read = sharded.reader(state)
+        tensors = {key: read(name, t).contiguous() for key, (name, t) in _tensors(vera).items()}
+    if not write:
+        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise AdapterFileError(f"can't write to {folder}: {e.strerror or e}. Choose another folder.") from e
     if len(members) == 1:
-        save_adapter(vera.adapter(members[0].name), folder / CHECKPOINT_NAME)
+        save_adapter(adapter, folder / CHECKPOINT_NAME)
         return
-    tensors = {k: t.detach().to("cpu", copy=True).contiguous() for k, t in _tensors(vera).items()}
     part = folder / f"{CHECKPOINT_NAME}.part"
     try:
         save_file(tensors, part, metadata={"format": "pt", SEVERAL: ", ".join(m.name for m in members)})
@@ -80,12 +133,12 @@ def load(vera: "Vera", state: Mapping[str, Tensor]) -> None:
         raise AdapterMismatch(f'the checkpoint has no "{missing[0]}", which this model trains. {_RESUME}')
     if extra := sorted(state.keys() - live.keys() - not_trained):
         raise AdapterMismatch(f'the checkpoint has "{extra[0]}", which this model doesn\'t train. {_RESUME}')
-    for key, tensor in live.items():
+    for key, (_, tensor) in live.items():
         if state[key].shape != tensor.shape:
             have, found = list(tensor.shape), list(state[key].shape)
             raise AdapterMismatch(f"the checkpoint's \"{key}\" has the shape {found}, this model's {have}. {_RESUME}")
-    for key, tensor in live.items():
-        tensor.copy_(state[key])
+    for key, (_, tensor) in live.items():
+        sharded.fill(tensor, state[key])
     vera._selections.clear()
     vera.runtime.forget_vectors()
 

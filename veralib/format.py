@@ -34,16 +34,20 @@ CHECKPOINT_NAME = "model.safetensors"  # the one name that transformers' Trainer
 SEVERAL = "vera_checkpoint"  # metadata key of a checkpoint of several adapters, which is no adapter file
 
 
+def adapter_file(path: str | os.PathLike[str]) -> Path:
+    """Where save_adapter writes: `path` if it ends in .safetensors, else adapter_model.safetensors in the folder `path`."""
+    file = Path(os.fsdecode(path))
+    return file / FILE_NAME if file.suffix != ".safetensors" or os.path.isdir(file) else file
+
+
 def save_adapter(adapter: Adapter, path: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> Path:
-    """The file written: `path` if it ends in .safetensors, else adapter_model.safetensors in the folder `path`.
+    """The file written, adapter_file(path).
 
     dtype: of d and b in the file; bfloat16 or float16 halve it and round. The file is written beside its place, synced and
     renamed, so a failure leaves the old one. AdapterFileError: unwritable, NaN or inf in a vector, an adapter that
     contradicts itself. Warns where the adapter changes nothing.
     """
-    file = Path(os.fsdecode(path))
-    if file.suffix != ".safetensors" or os.path.isdir(file):
-        file = file / FILE_NAME
+    file = adapter_file(path)
     if (file.parent / "adapter_config.json").is_file() and file.name == FILE_NAME:
         raise AdapterFileError(
             f"{file.parent} is a folder that PEFT saved, and {FILE_NAME} there holds PEFT's weights: choose another path, or "

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ConfigError, StateError, need
+from .sharded import is_piece
 
 MATMUL_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
 _PLAIN_TENSORS = frozenset({nn.Parameter, Tensor})
@@ -62,17 +63,13 @@ def quantisation(module: nn.Module) -> str:
                 return f"bnb-{getattr(module.weight, 'quant_type', '4bit')}"
     weight = getattr(module, "weight", None)
     if isinstance(weight, Tensor) and weight.dtype in MATMUL_DTYPES and weight.dim() == 2:
-        return "" if is_plain(weight) or _is_dtensor(weight) else type(weight).__name__
+        return "" if is_plain(weight) or is_piece(weight) else type(weight).__name__
     return next(c.__name__ for c in type(module).__mro__ if not c.__module__.startswith("veralib."))
 
 
 def is_plain(weight: Tensor) -> bool:
     """Whether it is a plain tensor or Parameter: no quantised one, no DTensor."""
     return type(weight) in _PLAIN_TENSORS
-
-
-def _is_dtensor(weight: Tensor) -> bool:
-    return any(c.__name__ == "DTensor" for c in type(weight).__mro__)
 
 
 def dense_weight(module: nn.Module) -> Tensor | None:
@@ -139,7 +136,7 @@ def _readable(module: nn.Module, what: str) -> Tensor:
             f"can't {what} a weight on the meta device: it has no data. Load the model without offloading "
             f"(device_map=None), or with device_map='cpu'."
         )
-    if _is_dtensor(weight):
+    if is_piece(weight):
         raise StateError(
             f"can't {what} a weight that is sharded over processes (DTensor): load the model on one device to merge."
         )

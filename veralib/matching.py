@@ -14,6 +14,7 @@ from .errors import AdapterMismatch, VeraWarning, nearest
 from .fused import parts
 from .hashes import weight_hashes
 from .linears import is_linear, quantisation, shape
+from .sharded import is_piece
 
 if TYPE_CHECKING:
     from .residence import Residence
@@ -124,13 +125,13 @@ def quantisation_of(modules: Iterable[nn.Module]) -> str:
 
 def cached_hashes(inside: "Residence", modules: Mapping[str, nn.Module]) -> dict[str, str]:
     """hashes.weight_hash of these layers where they have one, computed once for each state of a weight; while merged, the
-    base weight's."""
+    base weight's; of a sharded weight, what it was when whole."""
     stale: dict[str, tuple[int, int]] = {}
     for layer, module in modules.items():
         weight: Any = module.weight
         state = (id(weight), 0 if weight.is_inference() else weight._version)
         known = inside.hashes.get(layer)
-        if known is None or (inside.runtime.merged is None and known[:2] != state):
+        if known is None or (inside.runtime.merged is None and known[:2] != state and not is_piece(weight)):
             stale[layer] = state
     for (layer, state), found in zip(stale.items(), weight_hashes([modules[n] for n in stale]), strict=True):
         inside.hashes[layer] = (*state, found)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from . import sharded
 from .bank import Member
 from .core import delta_weight
 from .errors import ConfigError, StateError, VeraWarning
@@ -114,6 +115,7 @@ def merge(vera: "Vera", member: Member, keep: Keep) -> MergeReport:
         raise StateError(f'adapter "{vera.merged}" is merged already: call unmerge(), or switch_merged("{member.name}").')
     if keep not in ("cpu", "device", "disk", None):
         raise ConfigError(f'keep is {keep!r}, expected "cpu", "device", "disk" or None.')
+    sharded.refuse(vera.model, "merge", "save() the adapter, and merge it on one device.")
     if vera.runtime.overrides:
         raise StateError("a rows(), tokens() or using() hasn't ended: merging would change the weights under its rows.")
     _refuse_ties(vera, member)

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from . import matching, merging, root
-from .adapter import Adapter, BaseModel
+from . import checkpoint, matching, merging, root, sharded
+from .adapter import Adapter
 from .bank import Member
 from .checks import faults
 from .config import as_config
 from .errors import ConfigError, StateError, unknown_name
-from .format import load_adapter, save_adapter
+from .format import adapter_file, load_adapter, save_adapter
 from .linears import is_linear, shape
 from .residence import Residence
 from .runtime import Runtime
@@ -76,36 +76,8 @@ class Vera:
         return self.members[name]
 
     def adapter(self, name: str | None = None) -> Adapter:
-        """A copy of one adapter's present state as plain data, on the CPU."""
-        member = self.member(name)
-        vectors = {}
-        for unit in member.layout.units:
-            d, b = member.vectors(unit.unit)
-            vectors[unit.unit] = (d.detach().to("cpu", copy=True), b.detach().to("cpu", copy=True))
-        names = list(dict.fromkeys([*member.layout.by_layer, *member.biases]))
-        modules = {
-            n: {k: t.detach().to("cpu", copy=True) for k, t in self.inside.head_state(n, member).items()} for n in member.heads
-        }
-        basis = next(iter(member.layout.units)).basis.shared()
-        own = {u.unit: u.basis.layer_id for u in member.layout.units if u.basis.layer_id}
-        config = getattr(self.model, "config", None)
-        base = BaseModel(
-            id=str(getattr(config, "_name_or_path", "") or ""),
-            revision=str(getattr(config, "_commit_hash", "") or ""),
-            layers={n: shape(self.inside.sites[n]) for n in names},
-            hashes=self.inside.hashes_of(names),
-            quantised=matching.quantisation_of(self.inside.sites[n] for n in names),
-        )
-        return Adapter(
-            member.config,
-            basis,
-            base,
-            vectors,
-            own,
-            {k: v.to("cpu", copy=True) for k, v in member.biases.items()},
-            modules,
-            dict(member.notes),
-        )
+        """A copy of one adapter's present state as plain data, on the CPU. In a sharded model all processes call it."""
+        return checkpoint.adapter_of(self, self.member(name))
 
     # In and out
 
@@ -116,6 +88,7 @@ class Vera:
             raise ConfigError("add() needs a VeraConfig.")
         self._unmerged("add an adapter")
         self._new_name(name)
+        sharded.refuse_new_vectors(self.model)
         with self.runtime.lock:
             self.inside.fresh(config, name)
             self._selections.clear()
@@ -161,6 +134,7 @@ class Vera:
         modules = matching.check(self.inside, adapter, name, allow_other_base)
         if trainable:
             self._unmerged("load a trainable adapter")
+            sharded.refuse_new_vectors(self.model)
         with self.runtime.lock:
             self._new_name(name)
             self.inside.from_adapter(adapter, name, trainable, modules)
@@ -185,13 +159,20 @@ class Vera:
         return load_adapter(path)
 
     def save(self, path: "str | PathLike", name: str | None = None) -> Any:
-        """Writes one adapter to a file, or to adapter_model.safetensors in a folder; returns the file's path."""
-        return save_adapter(self.adapter(name), path)
+        """Writes one adapter to a file, or to adapter_model.safetensors in a folder; returns the file's path.
+
+        In a sharded model all processes call it, and the first writes.
+        """
+        adapter = self.adapter(name)
+        if sharded.shards(self.model) and not sharded.is_first():
+            return adapter_file(path)
+        return save_adapter(adapter, path)
 
     def push(self, repo_id: str, name: str | None = None, **options: Any) -> str:
         """Uploads one adapter to the hub with a README card; see interop.hub.push for the options."""
         from .interop import hub
 
+        sharded.refuse(self.model, "push", "save() the adapter; one process can load_adapter() and interop.hub.push it.")
         return hub.push(self.adapter(name), repo_id, **options)
 
     def remove(self, name: str) -> None:
@@ -217,6 +198,7 @@ class Vera:
         if self.merged is not None and self.kept is not None and self.kept.where is None:
             self.runtime.merged = self.kept = None
         self._unmerged("detach")
+        sharded.refuse(self.model, "detach", "save() the adapter, and load it into the base model on one device.")
         self.runtime.active = BASE
         self.inside.release()
         self._selections.clear()
@@ -293,6 +275,7 @@ class Vera:
 
     def parameter_groups(self, lr: float = 1e-2, lr_head: float = 4e-3, name: str | None = None) -> list[dict[str, Any]]:
         """Optimiser groups of one adapter, or of all trainable ones: d and b at lr, whole modules at lr_head (Table 8)."""
+        sharded.in_pieces(self.model)  # what trains is the pieces
         chosen = [self.member(name)] if name is not None else [m for m in self.members.values() if m.trainable]
         vectors = [
             t

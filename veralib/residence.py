@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import layers, matching
+from . import layers, matching, sharded
 from .adapter import Adapter
 from .autograd import UnitSpec
 from .bank import Bank, Layout, Member
@@ -57,6 +57,8 @@ class Residence:
         member = Member(name, config, self._layout(_units(targets, config)), self._next, heads=tuple(heads))
         self._adapt({t.layer: t.module for t in targets}, heads)
         self._make_trainable(member)
+        if sharded.several_processes():
+            self.hashes_of(member.layout.by_layer)  # while the weights are whole
         for module in heads.values():
             self._add_head(module, member)
         return self._enter(member)

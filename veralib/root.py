@@ -17,7 +17,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._pytree import tree_leaves
 
-from . import checkpoint
+from . import checkpoint, sharded
 from .errors import StateError, VeraWarning
 from .layers import is_own_key
 from .selection import Selection
@@ -65,8 +65,9 @@ class VeraPreTrained(VeraRoot):
         if vera.merged is None:
             if kwargs.get("push_to_hub"):
                 raise StateError("save_pretrained(push_to_hub=True) is for merged models: vera.push(repo_id) uploads an adapter.")
-            if args[0] if args else kwargs.get("is_main_process", True):
-                checkpoint.save(vera, Path(save_directory))
+            main = args[0] if args else kwargs.get("is_main_process", True)
+            if main or (state_dict is None and sharded.shards(self)):  # type: ignore[arg-type]
+                checkpoint.save(vera, Path(save_directory), state_dict, write=main)
             return None
         state = {k: v for k, v in (state_dict or super().state_dict()).items() if not is_own_key(k)}  # type: ignore[misc]
         with _as_plain(self):
