@@ -22,7 +22,7 @@ ORDER = [
     {"compiled", "layers"},
     {"heads"},
     {"matching"},
-    {"residence", "merging", "root", "checkpoint"},
+    {"residence", "merge_report", "merging", "root", "checkpoint"},
     {"model"},
     {"attaching"},
     {""},  # veralib/__init__.py

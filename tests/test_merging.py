@@ -113,13 +113,13 @@ def test_merged_model_saves_as_a_plain_one_that_transformers_loads(tmp_path):
 
 
 def test_a_failing_merge_puts_back_what_it_wrote(monkeypatch):
-    import veralib.merging as merging
+    import veralib.merge_report as merge_report
 
     model = tiny_llama()
     vera = attach(model, VeraConfig(rank=8, targets="all-linear"))
     randomise(vera, "default")
     before = bits(model)
-    real, calls = merging.write_weight, []
+    real, calls = merge_report.write_weight, []
 
     def fails(module, W):
         calls.append(1)
@@ -127,7 +127,7 @@ def test_a_failing_merge_puts_back_what_it_wrote(monkeypatch):
             raise RuntimeError("out of memory")
         real(module, W)
 
-    monkeypatch.setattr(merging, "write_weight", fails)
+    monkeypatch.setattr(merge_report, "write_weight", fails)
     with pytest.raises(RuntimeError, match="out of memory"):
         vera.merge()
     assert vera.merged is None and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())

@@ -23,7 +23,7 @@ from .errors import (
     VeraWarning,
 )
 from .format import load_adapter, save_adapter
-from .merging import MergeReport
+from .merge_report import MergeReport
 from .model import Vera
 
 if TYPE_CHECKING:

@@ -3,84 +3,26 @@
 import os
 import shutil
 import tempfile
-import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from . import sharded
+from . import kernels, sharded
+from .autograd import UnitSpec
 from .bank import Member
 from .core import delta_weight
-from .errors import ConfigError, StateError, VeraWarning
+from .errors import ConfigError, StateError
 from .heads import plain_copy
-from .linears import quantisation, read_weight, restore, snapshot, write_weight
+from .linears import Snapshot, is_conv1d, is_plain, quantisation, read_weight, restore, snapshot
+from .merge_report import MergeReport, Tally
 
 if TYPE_CHECKING:
     from .model import Vera
 
 Keep = Literal["cpu", "device", "disk", None]
-LOW_SHARE = 0.9
-LARGE_ERROR = 0.5
-
-
-@dataclass(frozen=True)
-class MergeReport:
-    """What a merge did to weights that aren't exact.
-
-    surviving: the share of ΔW that their precision kept, ⟨W' − W0, ΔW⟩ / ⟨ΔW, ΔW⟩, 1 at best. error: what rounding left away
-    or added, ‖W' − W0 − ΔW‖ / ‖ΔW‖, 0 at best; in 4 bits ΔW may survive on average under noise as large as itself.
-    """
-
-    name: str
-    layers: int
-    surviving: float
-    error: float
-    by_layer: Mapping[str, float] = field(repr=False)
-    """surviving, of each layer"""
-
-    @property
-    def worst(self) -> tuple[str, float]:
-        """The layer that lost most, and its share."""
-        return min(self.by_layer.items(), key=lambda item: item[1]) if self.by_layer else ("", 1.0)
-
-
-class Tally:
-    """Adds layer by layer to what a MergeReport says."""
-
-    def __init__(self) -> None:
-        self.inner, self.norm, self.rest = (torch.zeros((), dtype=torch.float64) for _ in range(3))
-        self.shares: dict[str, float] = {}
-
-    def write(self, name: str, module: nn.Module, delta: Tensor) -> None:
-        """W0 + ΔW into the module's weight; ΔW (m, n), in float32 or wider."""
-        before = read_weight(module).to(delta.dtype, copy=True)
-        write_weight(module, before + delta)
-        change = read_weight(module).to(delta.dtype) - before
-        # In float32 each is a sum of mn products: float64 would take twice the memory of the weight.
-        along, size = (change * delta).sum(dtype=torch.float64).cpu(), (delta * delta).sum(dtype=torch.float64).cpu()
-        self.shares[name] = float(along / size) if size > 0 else 1.0
-        self.inner, self.norm = self.inner + along, self.norm + size
-        self.rest += change.sub_(delta).square_().sum(dtype=torch.float64).cpu()
-
-    def report(self, name: str, modules: Mapping[str, nn.Module]) -> MergeReport:
-        """The MergeReport of what was written; warns where much was lost."""
-        surviving, error = 1.0, 0.0
-        if self.norm > 0:
-            surviving, error = float(self.inner / self.norm), float((self.rest / self.norm).sqrt())
-        report = MergeReport(name, len(self.shares), surviving, error, self.shares)
-        if surviving < LOW_SHARE or error > LARGE_ERROR:
-            layer, share = report.worst
-            warnings.warn(
-                f'merging "{name}" kept {100 * surviving:.0f} % of ΔW, the rest is rounded away; rounding errors are '
-                f"{100 * error:.0f} % of its size: the weights are {_precision(modules[layer])} (least is left in {layer}: "
-                f"{100 * share:.0f} %). "
-                "The unmerged adapter is exact; or load the base in float32 to merge.",
-                VeraWarning,
-            )
-        return report
 
 
 @dataclass
@@ -116,8 +58,12 @@ def merge(vera: "Vera", member: Member, keep: Keep) -> MergeReport:
     if keep not in ("cpu", "device", "disk", None):
         raise ConfigError(f'keep is {keep!r}, expected "cpu", "device", "disk" or None.')
     sharded.refuse(vera.model, "merge", "save() the adapter, and merge it on one device.")
-    if vera.runtime.overrides:
-        raise StateError("a rows(), tokens() or using() hasn't ended: merging would change the weights under its rows.")
+    _refuse_overrides(vera)
+    return _write(vera, member, keep)
+
+
+def _write(vera: "Vera", member: Member, keep: Keep, old: "Kept | None" = None) -> MergeReport:
+    """old: what another adapter, merged now, has kept. Those weights are W0 and stay kept; what only it changed is put back."""
     _refuse_ties(vera, member)
     names = list(dict.fromkeys([*member.layout.by_layer, *member.biases]))
     vera.inside.hashes_of(vera.inside.sites)  # of the base weights: load() compares with these while merged
@@ -126,19 +72,23 @@ def merge(vera: "Vera", member: Member, keep: Keep) -> MergeReport:
     try:
         if keep == "disk":
             _to_disk(kept, vera, member, names)
+        if old is not None:
+            _put_back(vera, old, but=member.layout.by_layer)
         for name in names:
             module = vera.inside.sites[name]
+            known = old.weights.get(name) if old is not None else None
             if keep != "disk":
-                kept.weights[name] = snapshot(module, None if keep == "device" else "cpu")
+                kept.weights[name] = known or snapshot(module, None if keep == "device" else "cpu")
                 if name in member.biases:
                     kept.biases[name] = _bias_of(module)
             if name in member.layout.by_layer:
-                tally.write(name, module, _delta(module, member, name))
+                _merge_layer(tally, module, member, name, known)
             if name in member.biases:
                 _set_bias(module, member.biases[name])
         if keep != "disk":
             kept.heads = {head: _state_of(vera.inside.heads[head]) for head in member.heads}
         write_heads(vera, member)
+        report = tally.report(member.name, vera.inside.sites)
     except BaseException:
         if kept.folder:
             _from_disk(kept)
@@ -149,7 +99,7 @@ def merge(vera: "Vera", member: Member, keep: Keep) -> MergeReport:
         kept.weights, kept.biases, kept.heads = {}, {}, {}
     vera.kept = kept
     vera.runtime.merged = member.name
-    return tally.report(member.name, vera.inside.sites)
+    return report
 
 
 def unmerge(vera: "Vera") -> None:
@@ -172,18 +122,23 @@ def unmerge(vera: "Vera") -> None:
 
 
 def switch(vera: "Vera", member: Member) -> MergeReport:
-    """Unmerges what is merged, then merges another, keeping the weights where they were kept."""
-    keep: Keep = "cpu"
-    if vera.kept is not None:
-        keep, before = vera.kept.where, vera.member(vera.merged)
-        _refuse_ties(vera, member)
+    """Merges another adapter in the place of the one that is merged, keeping the weights where they were kept."""
+    old = vera.kept
+    if old is None:
+        return merge(vera, member, "cpu")
+    before, keep = vera.member(vera.merged), old.where
+    _refuse_overrides(vera)
+    _refuse_ties(vera, member)
+    if keep in ("disk", None):
         unmerge(vera)
-        try:
-            return merge(vera, member, keep)
-        except BaseException:
-            merge(vera, before, keep)
-            raise
-    return merge(vera, member, keep)
+        old = None
+    try:
+        return _write(vera, member, keep, old)
+    except BaseException:
+        if old is not None:
+            unmerge(vera)
+        _write(vera, before, keep)
+        raise
 
 
 def write_heads(vera: "Vera", member: Member) -> None:
@@ -209,6 +164,48 @@ def _delta(module: nn.Module, member: Member, name: str) -> Tensor:
     return delta
 
 
+def _merge_layer(tally: Tally, module: nn.Module, member: Member, name: str, known: Snapshot | None) -> None:
+    """W0 + ΔW into one layer. known: a copy of W0, where the weight isn't W0 now."""
+    units = member.layout.by_layer[name]
+    W0 = None
+    if known is not None:
+        W0 = _in_reach(known, module) if len(units) == 1 and units[0].rows is None else None
+        if W0 is None:
+            restore(module, known)
+    if _fits_kernel(module, units):
+        for unit in units:
+            tally.add(name, _by_kernel(module, unit, member, W0))
+    else:
+        tally.write(name, module, _delta(module, member, name), W0)
+
+
+def _in_reach(known: Snapshot, module: nn.Module) -> Tensor | None:
+    """A kept weight as W0 (m, n), where it lies on the weight's own device as plain numbers."""
+    if known.kind or known.data.device != module.weight.device:
+        return None
+    return known.data.t() if is_conv1d(module) else known.data
+
+
+def _fits_kernel(module: nn.Module, units: Sequence[UnitSpec]) -> bool:
+    weight: Any = module.weight
+    whole = len(units) == 1 and units[0].rows is None
+    parts = all(isinstance(u.rows, slice) for u in units)  # of one linear, so apart from each other
+    return (whole or parts) and is_plain(weight) and kernels.on(weight) and not quantisation(module)
+
+
+def _by_kernel(module: nn.Module, unit: UnitSpec, member: Member, W0: Tensor | None) -> Tensor:
+    """ΔW of one unit added by the kernel: the old weight is read once and the new one written. The sums of a Tally."""
+    from .kernels.merge import merge_into
+
+    weight = read_weight(module)
+    here = weight if unit.rows is None else weight[unit.rows]
+    # A and B of a seed are exact in bf16; PEFT's, and those of a float32 weight, are multiplied as float32.
+    half = weight.dtype != torch.float32 and unit.basis.kind != "peft"
+    like = weight.new_empty(0, dtype=torch.bfloat16 if half else torch.float32)
+    d, b = (v.detach().to(like.device, torch.float32) for v in member.vectors(unit.unit))
+    return merge_into(here, here if W0 is None else W0, unit.A(like), unit.B(like), d * unit.scale, b)
+
+
 def _set_bias(module: nn.Module, bias: Tensor) -> None:
     old = module.bias
     with torch.no_grad():
@@ -229,9 +226,16 @@ def _load_plain(module: nn.Module, state: Mapping[str, Tensor]) -> None:
         getattr(target, last).copy_(value)
 
 
-def _put_back(vera: "Vera", kept: Kept) -> None:
+def _refuse_overrides(vera: "Vera") -> None:
+    if vera.runtime.overrides:
+        raise StateError("a rows(), tokens() or using() hasn't ended: merging would change the weights under its rows.")
+
+
+def _put_back(vera: "Vera", kept: Kept, but: Collection[str] = ()) -> None:
+    """but: layers whose weights are left as they are."""
     for name, saved in kept.weights.items():
-        restore(vera.inside.sites[name], saved)
+        if name not in but:
+            restore(vera.inside.sites[name], saved)
     for name, bias in kept.biases.items():
         module = vera.inside.sites[name]
         if bias is None:
@@ -295,7 +299,3 @@ def _refuse_ties(vera: "Vera", member: Member) -> None:
                     f'the weight of "{adapted[id(p)]}" is tied to "{name}.{key}": merging would change both. Leave that layer '
                     "out of the targets, or serve the adapter unmerged."
                 )
-
-
-def _precision(module: nn.Module) -> str:
-    return quantisation(module) or str(module.weight.dtype).removeprefix("torch.")  # type: ignore[union-attr]

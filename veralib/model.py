@@ -24,7 +24,8 @@ from .selection import BASE, Selection, row_names, token_names
 
 if TYPE_CHECKING:
     from .fleet import Fleet
-    from .merging import Keep, MergeReport
+    from .merge_report import MergeReport
+    from .merging import Keep
 
 
 class Vera:

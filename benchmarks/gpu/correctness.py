@@ -199,7 +199,8 @@ def merging(results: common.Results, options: common.Options) -> bool:
         times["switch"] = clock.time_ms(lambda: vera.switch_merged("1"))
         times["unmerge"] = clock.time_ms(vera.unmerge)
     same = all(bool((p == q).all()) for p, q in zip(model.parameters(), before, strict=True))
-    results.put("merging", {"weight_bytes": 2 * options.size.weights, "ms": times, "unmerge bit-equal": same, "fine": same})
+    found = {"kernels": kernels.wanted(), "weight_bytes": 2 * options.size.weights, "ms": times, "unmerge bit-equal": same}
+    results.put("merging", found | {"fine": same})
     return same
 
 
@@ -227,7 +228,7 @@ def main(arguments: list[str] | None = None) -> int:
         "merging": lambda: merging(results, options),
     }
     if kernels.installed() and options.clock.cuda:
-        again = [n for n in checks if n.startswith("plans") or n in ("mixed rows", "basis")]
+        again = [n for n in checks if n.startswith("plans") or n in ("mixed rows", "basis", "merging")]
         checks |= {f"{n}, kernels": (lambda check=checks[n]: with_kernels(check)) for n in again}
     wrong = []
     for name, check in checks.items():

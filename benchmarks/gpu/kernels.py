@@ -1,8 +1,9 @@
 """The Triton kernels against the plain forms and torch.compile of them, op by op, on Llama-7B's linears.
 
 mixed: out += b_i ∘ B(d_i ∘ u), each token its own adapter, B read as bf16 or as bytes, or grown; rank_space: u = A x likewise;
-fold and vector_gradients: the elementwise work of a training step; grow: A and B made anew. Each run is a CUDA graph over several
-copies of its inputs, more bytes than the L2 holds, divided by their number; the frozen linear of that shape is timed beside them.
+fold and vector_gradients: the elementwise work of a training step; merge: W0 + ΔW; grow: A and B made anew. Each run is a CUDA
+graph over several copies of its inputs, more bytes than the L2 holds, divided by their number; the frozen linear, or a
+copy of its weight, is timed beside them.
 """
 
 import functools
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 
 from veralib import basis, kernels
 from veralib.basis import MATRIX_A, MATRIX_B, Basis
-from veralib.kernels import folding, grow, mixed, plain
+from veralib.kernels import folding, grow, merge, mixed, plain
 
 from . import common
 from .decode import graphed
@@ -27,6 +28,7 @@ COLD_BYTES = 160 * 2**20  # more than twice an H200's L2
 READ = ((16, 32, 64, 4, 3), (16, 64, 64, 4, 3), (16, 128, 64, 4, 4), (32, 128, 64, 4, 3), (64, 64, 64, 4, 3), (64, 128, 64, 4, 3),
         (128, 64, 64, 4, 3), (128, 128, 64, 8, 3))  # fmt: skip
 GROWN = ((16, 32, 16, 4, 1), (16, 64, 16, 4, 1), (64, 32, 16, 4, 1), (64, 64, 16, 4, 2), (128, 32, 16, 4, 1), (128, 64, 16, 8, 1))
+MERGES = ((64, 128, 32, 4, 3), (64, 128, 64, 4, 3), (128, 64, 32, 4, 4), (128, 128, 64, 8, 3))
 TILES = {False: tuple(mixed.Tile(*t) for t in READ), True: tuple(mixed.Tile(*t) for t in GROWN)}
 
 
@@ -133,6 +135,22 @@ def _fold_alike(B: torch.Tensor, d: torch.Tensor, b: torch.Tensor, scale: float,
     return (b[:, None] * B.float() * (d * scale)).to(dtype)
 
 
+def merging(bench: Bench, m: int, n: int, r: int) -> None:
+    """W0 + ΔW into a weight, beside a copy of that weight: the same bytes."""
+    device, low = bench.clock.device, torch.bfloat16
+    A, B = Basis().A(r, n, device, low), Basis().B(m, r, device, low)
+    d, b = bench.draw(r, dtype=torch.float32), bench.draw(m, dtype=torch.float32)
+    count = bench.copies(4 * m * n)
+    olds, outs = ([bench.draw(m, n) for _ in range(count)] for _ in range(2))
+    forms: dict[str, Callable[..., Any]] = {"plain": plain.merge_into, "kernel": merge.merge_into}
+    for BI, BJ, BK, warps, stages in MERGES:
+        chosen = {"BI": BI, "BJ": BJ, "BK": BK, "num_warps": warps, "num_stages": stages}
+        forms[f"kernel {BI}x{BJ}x{BK}x{warps}x{stages}"] = functools.partial(merge.merge_into, chosen=chosen)
+    runs = {"copy": each(lambda out, W0: out.copy_(W0), outs, olds)}
+    runs |= {name: each(lambda out, W0, form=form: form(out, W0, A, B, d, b), outs, olds) for name, form in forms.items()}
+    bench.contest("merge", {"m": m, "n": n, "r": r, "copies": count}, runs)
+
+
 def growing(bench: Bench, m: int, r: int) -> None:
     """B made anew, bit for bit the same either way. The plain form can't be in a graph: it brings a table from the host."""
     device, low = bench.clock.device, torch.bfloat16
@@ -167,6 +185,8 @@ def main(arguments: list[str] | None = None) -> int:
     for r in ranks:
         for m in (f, h):
             add("grow", growing, m, r)
+    for r in ranks:
+        add("merge", merging, f, h, r)
     for r in ranks:
         for T in tokens:
             for m, n in ((f, h), (h, f)):

@@ -84,7 +84,10 @@ def _correctness(result: Result) -> list[str]:
         # merge keeps the old weights (read, write) and writes the new ones (read, write): twice the weights each way
         least = 4 * m["weight_bytes"] / c.copy_GBs / 1e6
         times = ", ".join(f"{k} {t[0]:.1f} ms" for k, t in m["ms"].items())
-        parts.append(f"Of {m['weight_bytes'] / 1e9:.2f} GB of weights: {times}; merging moves them in {least:.1f} ms at least.")
+        how = ", by the kernel" if m["kernels"] else ""
+        parts.append(
+            f"Of {m['weight_bytes'] / 1e9:.2f} GB of weights{how}: {times}; merging moves them in {least:.1f} ms at least."
+        )
     return parts
 
 
@@ -207,6 +210,12 @@ def _kernels(result: Result) -> list[str]:
         ]
         if rows:
             parts += [f"### {section}", _table(["m", "r", "plain", "torch.compile", "kernel"], rows)]
+    rows = [
+        [str(e["m"]), str(e["n"]), str(e["r"]), *(_us(e["us"], name) for name in ("copy", "plain")), _best(e["us"], "kernel")]
+        for e in result.get("merge", [])
+    ]
+    if rows:
+        parts += ["### W0 + ΔW into a bf16 weight", _table(["m", "n", "r", "a copy of W0", "plain", "kernel"], rows)]
     return parts
 
 

@@ -16,14 +16,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from veralib.kernels import folding, grow, mixed
+from veralib.kernels import folding, grow, merge, mixed
 from veralib.kernels.words import LEVELS
 
 from . import common
 
 POINTER = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
-INTEGERS = ("T", "outputs", "inputs", "adapters", "per_row", "m", "r", "rows", "columns", "matrix", "layer", "k0", "k1")
-WHOLE = ("inputs", "outputs", "m", "r", "rows", "columns")  # multiples of 16 in real models, as strides are
+INTEGERS = ("T", "outputs", "inputs", "adapters", "per_row", "m", "n", "r", "rows", "columns", "matrix", "layer", "k0", "k1")
+WHOLE = ("inputs", "outputs", "m", "n", "r", "rows", "columns")  # multiples of 16 in real models, as strides are
 SOURCES = ("numbers", "bytes", "grown")
 HALF, FULL = torch.bfloat16, torch.float32
 # what, dtype, source, tokens, outputs, kind of levels
@@ -95,6 +95,14 @@ def main(arguments: list[str] | None = None) -> int:
         put({"what": "fold", "dtype": name}, folding._fold, {"out": low, "B": low, **vectors}, {"BI": 16, "BJ": 256})
         inputs = {"part_d": "*fp32", "grad_b": "*fp32", "P": low, "B": low, **vectors}
         put({"what": "vector_gradients", "dtype": name}, folding._gradients, inputs, {"LENGTH": 0, "BI": 16, "BJ": 128})
+    for dtype, low in POINTER.items():
+        half = dtype != FULL
+        pointers = {"out": low, "W0": low, "sums": "*fp32", **vectors} | dict.fromkeys(("A", "B"), "*bf16" if half else "*fp32")
+        tile = merge.tile(half)
+        warps, stages = tile.pop("num_warps"), tile.pop("num_stages")
+        constants = {"LENGTH": 0, "SPLIT": half, "s_out_n": 1, "s_W0_n": 1, **tile}
+        label = {"what": "merge", "dtype": str(dtype).removeprefix("torch."), "tile": list(tile.values())}
+        put(label, merge._merge, pointers, constants, warps, stages)
     for name, out in (("uint8", "*u8"), *((str(dtype).removeprefix("torch."), low) for dtype, low in POINTER.items())):
         constants = {"LEVELS": 0, "RAW": name == "uint8", "BI": 32, "BC": 8}
         put({"what": "grow", "dtype": name}, grow._grow, {"out": out, "levels": out}, constants)

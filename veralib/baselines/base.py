@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from ..merging import MergeReport
+    from ..merge_report import MergeReport
 
 Notes = Mapping[str, str]
 

@@ -65,7 +65,8 @@ def attach_dvora(model: nn.Module, settings: "Settings", head: tuple[str, ...]) 
     """The model with VeRA and a magnitude on its targets; saved as one veralib file."""
     from ..attaching import attach
     from ..format import load_adapter, save_adapter
-    from ..merging import MergeReport, write_heads
+    from ..merge_report import MergeReport
+    from ..merging import write_heads
     from ..targets import whole_targets
 
     config = vera_config(settings, head)

@@ -15,7 +15,7 @@ from ..linears import read_weight, shape
 from .base import Attached, Notes, freeze, load_tensors, save_tensors
 
 if TYPE_CHECKING:
-    from ..merging import MergeReport
+    from ..merge_report import MergeReport
 
 CHILD = "method"
 
@@ -57,7 +57,7 @@ def attach_behind(model: nn.Module, parts: Mapping[str, nn.Module], head: tuple[
 
 def fold_behind(model: nn.Module, parts: Mapping[str, Any]) -> "MergeReport":
     """Writes part.change(module), what the part adds to W0, into each module's weight, and takes the parts away."""
-    from ..merging import Tally
+    from ..merge_report import Tally
 
     tally = Tally()
     for name, part in parts.items():

@@ -28,7 +28,7 @@ def attach_vera(model: nn.Module, settings: "Settings", head: tuple[str, ...]) -
     """The model with a fresh VeRA adapter; saved as one veralib file."""
     from ..attaching import attach
     from ..format import save_adapter
-    from ..merging import MergeReport
+    from ..merge_report import MergeReport
 
     vera = attach(model, vera_config(settings, head))
     vectors, *heads = vera.parameter_groups(lr=settings.resolved_lr, lr_head=settings.resolved_lr_head)

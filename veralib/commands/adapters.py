@@ -29,7 +29,7 @@ def merge(
     import torch
 
     from .. import attach
-    from ..merging import MergeReport
+    from ..merge_report import MergeReport
     from ..training.loading import load_base, quiet_transformers
     from ..training.predict import find_source, read_adapter, restore
     from ..training.tokens import chat_template

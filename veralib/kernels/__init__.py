@@ -8,6 +8,7 @@ them to the plain forms. `python -m benchmarks.gpu.kernels` measures them agains
     grow.py     A and B on the device, the bits of basis.py
     mixed.py    u = A x, and out += b ∘ B(d ∘ u) with an adapter for each row; A, B read as numbers or as bytes, or never stored
     folding.py  C = Λ_b B Λ_d, and ∂d, ∂b from P, each in one pass
+    merge.py    W0 + ΔW into a weight in one pass
 """
 
 import os

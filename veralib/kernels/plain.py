@@ -36,3 +36,17 @@ def mixed_add(out: Tensor, u: Tensor, d: Tensor, b: Tensor, index: Tensor | None
     left = (u[mine].float() * d[own[mine]].float()).to(u.dtype)
     y = F.linear(left, B.to(u.dtype)).float() * b[own[mine]].float()
     return out.index_copy_(0, mine, (out[mine].float() + y).to(out.dtype))
+
+
+def merge_into(out: Tensor, W0: Tensor, A: Tensor, B: Tensor, d: Tensor, b: Tensor) -> Tensor:
+    """out = W0 + Λ_b B Λ_d A, rounded once. out, W0: (m, n), may be one  A: (r, n)  B: (m, r)  d: (r,)  b: (m,).
+
+    Returns (3,) in float64: ⟨out − W0, ΔW⟩, ⟨ΔW, ΔW⟩, ‖out − W0 − ΔW‖², ΔW in at least float32.
+    """
+    exact = torch.promote_types(out.dtype, d.dtype)
+    delta = (b.to(exact)[:, None] * B.to(exact) * d.to(exact)) @ A.to(exact)
+    before = W0.to(exact, copy=True)
+    out.copy_(before + delta)
+    change = out.to(exact) - before
+    products = (change * delta, delta.square(), (change - delta).square())
+    return torch.stack([p.sum(dtype=torch.float64) for p in products])
