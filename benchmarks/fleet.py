@@ -39,14 +39,15 @@ class LoraBank(nn.Module):
     def __init__(self, base: nn.Linear, owners: int, rank: int) -> None:
         super().__init__()
         self.base = base
-        self.A = nn.Parameter(torch.randn(owners, base.in_features, rank) / rank)
-        self.B = nn.Parameter(torch.zeros(owners, rank, base.out_features))
+        device = base.weight.device
+        self.A = nn.Parameter(torch.randn(owners, base.in_features, rank, device=device) / rank)
+        self.B = nn.Parameter(torch.zeros(owners, rank, base.out_features, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
         per = x.shape[0] // self.A.shape[0]  # neighbouring rows are of one owner
         flat = x.reshape(self.A.shape[0], per * x.shape[1], -1)
         h = self.base(x)
-        return h + (2.0 * torch.bmm(torch.bmm(flat, self.A), self.B)).view(h.shape)
+        return h + (2.0 * torch.bmm(torch.bmm(flat, self.A.to(x.dtype)), self.B.to(x.dtype))).view(h.shape)
 
 
 def lora_bank(model: nn.Module, owners: int, rank: int) -> nn.Module:

@@ -51,10 +51,28 @@ def _roberta(**fields: Any) -> Callable[[], nn.Module]:
     return build
 
 
+def _gpt2(**fields: Any) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        return GPT2LMHeadModel(GPT2Config(use_cache=False, **fields))
+
+    return build
+
+
 # roberta: RobertaConfig's own defaults are the base size: 12 layers, hidden 768, MLP 3072, vocabulary 50265, dropout 0.1.
 SHAPES = {
     "llama": Shape("llama", _llama(512, 8, 8, 1408, 2000), "all-linear", 2000, "tokens"),
     "roberta": Shape("roberta", _roberta(vocab_size=50265), ("query", "value"), 50265, "classes"),
+    "roberta-large": Shape(
+        "roberta-large",
+        _roberta(vocab_size=50265, hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096),
+        ("query", "value"),
+        50265,
+        "classes",
+    ),
+    # The query, key and value are one linear here; PEFT adapts it whole.
+    "gpt2-large": Shape("gpt2-large", _gpt2(n_embd=1280, n_layer=36, n_head=20), ("c_attn",), 50257, "tokens"),
     "tiny-llama": Shape("tiny-llama", _llama(32, 2, 4, 48, 64), "all-linear", 64, "tokens"),
     "tiny-roberta": Shape(
         "tiny-roberta",
@@ -63,6 +81,7 @@ SHAPES = {
         64,
         "classes",
     ),
+    "tiny-gpt2": Shape("tiny-gpt2", _gpt2(n_embd=32, n_layer=2, n_head=4, vocab_size=64), ("c_attn",), 64, "tokens"),
 }
 
 

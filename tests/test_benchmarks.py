@@ -197,3 +197,25 @@ def test_the_serving_page_names_what_was_not_run(tmp_path):
     text = page(tmp_path)
     assert text.count("ot run here") == 5 and "(rounds.md)" in text and "| base | 10 | 2.0 | 1.25 |" in text
     assert "| tiny, 4 × 8 + 2 tokens |" in text
+
+
+@pytest.mark.slow
+def test_the_gpu_steps_run_on_small_shapes_and_are_rendered(tmp_path, capsys):
+    """The scripts and their page alone: times of small shapes on a CPU mean nothing."""
+    from benchmarks.gpu import fleet_step, paper_step
+    from benchmarks.gpu import render as page
+
+    for script in (paper_step, fleet_step):
+        assert script.main(["--tiny", "--out", str(tmp_path)]) == 0
+    found = page.load(tmp_path)
+    assert not any("failures" in result or "left_out" in result for result in found.values())
+    assert [(t["shape"], t["precision"]) for t in found["paper_step"]["tables"]] == [
+        (shape, precision) for shape in ("tiny-roberta", "tiny-gpt2") for precision in ("autocast", "float32")
+    ]
+    counts = {n: f["parameters"] for t in found["fleet_step"]["tables"] for n, f in t["contestants"].items()}
+    assert counts["veralib fleet r=8, 4 owners"] == 4 * counts["veralib-8"]
+    assert counts["LoRA bank r=16, 4 owners"] == 4 * counts["lora-16"] == 64 * counts["lora-1"]
+    assert page.main([str(tmp_path)]) == 0
+    text = (tmp_path / "README.md").read_text()
+    assert text.count("the numbers mean nothing") == 2  # each table says so
+    assert all(f"| {name} |" in text for name in counts)

@@ -33,7 +33,15 @@ def report(results: dict[str, Result]) -> str:
     parts = ["# On a GPU", "Written by `python -m benchmarks.gpu.render` from the JSON files beside it; see benchmarks/gpu."]
     if not results.keys() - {"kernels_code"}:
         parts.append("No GPU has been measured yet.")
-    tables = {"correctness": _correctness, "train_step": _train, "decode": _decode, "kernels": _kernels, "where": _where}
+    tables = {
+        "correctness": _correctness,
+        "train_step": _train,
+        "paper_step": _paper,
+        "fleet_step": _fleet,
+        "decode": _decode,
+        "kernels": _kernels,
+        "where": _where,
+    }
     for question, table in tables.items():
         if question in results:
             result = results[question]
@@ -135,6 +143,47 @@ def _train(result: Result) -> list[str]:
         ]
         parts.append(_table(["goal", "measured", "at most"], [g for g in goals if g]))
     return parts
+
+
+def _steps(table: Result, frozen: Result | None) -> list[list[str]]:
+    """A row for each contestant of a table; frozen: the base alone, where it was measured."""
+    reference = table["contestants"][table["reference"]]
+    return [
+        [
+            name,
+            f"{f['ms']['median']:.2f} [{f['ms']['low']:.2f}–{f['ms']['high']:.2f}]",
+            f"{f['host_ms']:.1f}",
+            f"{f['ms']['median'] / frozen['ms']['median']:.2f}" if frozen else "–",
+            f"{f['ms']['median'] / reference['ms']['median']:.2f}",
+            f"{f['peak_bytes'] / 2**20:.0f}",
+            f"{f['parameters']:,}",
+        ]
+        for name, f in table["contestants"].items()
+    ]
+
+
+def _paper(result: Result) -> list[str]:
+    parts = ["## A training step at the paper's shapes"]
+    for t in result.get("tables", []):
+        head = ["", "ms", "host ms", "÷ frozen", f"÷ {t['reference']}", "peak MiB", "trained"]
+        how = {"autocast": "float32 under bf16 autocast", "float32": "float32"}[t["precision"]]
+        parts += [
+            f"### {t['shape']}, {t['rows']} × {t['length']} tokens, {how}",
+            _table(head, _steps(t, t["contestants"].get("frozen"))),
+        ]
+    return parts
+
+
+def _fleet(result: Result) -> list[str]:
+    tables = result.get("tables", [])
+    if not tables:
+        return []
+    first, size = tables[0], _size(result)
+    head = ["", "ms", "host ms", "÷ frozen", f"÷ {first['reference']} in the same run", "peak MiB", "trained at once"]
+    frozen = first["contestants"].get("frozen")
+    rows = [row for t in tables for row in _steps(t, frozen) if t is first or row[0] != t["reference"]]
+    what = f"{size.layers} layers, {first['rows']} × {first['length']} tokens, bf16"
+    return [f"## A fleet's training step: {what}", _table(head, rows)]
 
 
 def _goal(table: Result, what: str, ours: str, theirs: str, field: str, most: float) -> list[str]:

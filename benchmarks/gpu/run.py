@@ -8,7 +8,7 @@ from . import common
 
 # name, share of the time that is left when its turn comes
 SCRIPTS = (("correctness", 0.2), ("train_step", 0.45), ("decode", 0.7), ("where", 1.0))
-# kernels: a command of its own, since most of its time is compiling.
+# Commands of their own: kernels, since most of its time is compiling; paper_step and fleet_step, for another run of ten minutes.
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -7,6 +7,7 @@ layers, as with gradient checkpointing or below a trained embedding. The floor p
 
 import contextlib
 import copy
+import functools
 import gc
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -50,6 +51,7 @@ CONTESTANTS = (
     Contestant("full"),
 )
 TOKENS, ROUNDS, REPEATS = 2048, 15, 3
+Entered = tuple[int, Callable[[], Any], Callable[[], None]]
 
 
 def enter(base: nn.Module, contestant: Contestant) -> nn.Module:
@@ -82,10 +84,8 @@ def enter(base: nn.Module, contestant: Contestant) -> nn.Module:
     return model
 
 
-def make_step(
-    model: nn.Module, x: torch.Tensor, g: torch.Tensor, autocast: bool, fused: bool = False
-) -> tuple[Callable[[], Any], Callable[[], None]]:
-    """(forward, whole step) of a model; fused: with veralib's Triton kernels."""
+def make_step(model: nn.Module, x: torch.Tensor, g: torch.Tensor, autocast: bool, fused: bool = False) -> Entered:
+    """(trained parameters, forward, whole step) of a model; fused: with veralib's Triton kernels."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True) if trained else None
 
@@ -101,7 +101,38 @@ def make_step(
             optimizer.step()
             optimizer.zero_grad()
 
-    return forward, step
+    return sum(p.numel() for p in trained), forward, step
+
+
+def contest(
+    options: common.Options, results: common.Results, label: str, makers: dict[str, Callable[[], Entered]]
+) -> dict[str, dict[str, Any]]:
+    """Facts and times of each contestant, interleaved. makers: name -> makes (trained parameters, forward, whole step)."""
+    clock = options.clock
+    steps: dict[str, Callable[[], None]] = {}
+    facts: dict[str, dict[str, Any]] = {}
+    for name, make in makers.items():
+        with results.attempt(f"{label} {name}"):
+            before = clock.allocated()
+            trained, forward, step = make()
+            step()
+            step()
+            gc.collect()
+            resident = clock.allocated() - before
+            held, _ = clock.peak(forward)
+            _, most = clock.peak(step)
+            steps[name] = step
+            facts[name] = {
+                "parameters": trained,
+                "resident_bytes": resident,
+                "held_bytes": held,
+                "peak_bytes": most,
+            }
+    rounds, repeats = (2, 1) if options.tiny else (ROUNDS, REPEATS)
+    for name, times in clock.interleave(steps, rounds, repeats).items():
+        facts[name] |= times
+        print(f"{label} {name}: {times['ms']['median']:.2f} ms, host {times['host_ms']:.2f}", flush=True)
+    return facts
 
 
 def compare(options: common.Options, results: common.Results, base: nn.Module, tokens: int, precision: str) -> None:
@@ -110,33 +141,12 @@ def compare(options: common.Options, results: common.Results, base: nn.Module, t
     generator = torch.Generator().manual_seed(2)
     draw = lambda: torch.randn(1, tokens, width, generator=generator).to(clock.device, torch.bfloat16)  # noqa: E731
     x, g = draw().requires_grad_(), draw()
-    steps: dict[str, Callable[[], None]] = {}
-    facts: dict[str, dict[str, Any]] = {}
-    for contestant in CONTESTANTS:
-        if contestant.fused and not (kernels.installed() and clock.cuda):
-            continue
-        with results.attempt(f"{precision} {contestant.name}"):
-            before = clock.allocated()
-            model = enter(base, contestant)
-            forward, step = make_step(model, x, g, precision == "autocast", contestant.fused)
-            step()
-            step()
-            gc.collect()
-            resident = clock.allocated() - before
-            held, _ = clock.peak(forward)
-            _, most = clock.peak(step)
-            steps[contestant.name] = step
-            facts[contestant.name] = {
-                "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-                "resident_bytes": resident,
-                "held_bytes": held,
-                "peak_bytes": most,
-            }
-    rounds, repeats = (2, 1) if options.tiny else (ROUNDS, REPEATS)
-    taken = clock.interleave(steps, rounds, repeats)
-    for name, times in taken.items():
-        facts[name] |= times
-        print(f"{precision} {name}: {times['ms']['median']:.2f} ms, host {times['host_ms']:.2f}", flush=True)
+
+    def make(contestant: Contestant) -> Entered:
+        return make_step(enter(base, contestant), x, g, precision == "autocast", contestant.fused)
+
+    here = [c for c in CONTESTANTS if not c.fused or (kernels.installed() and clock.cuda)]
+    facts = contest(options, results, precision, {c.name: functools.partial(make, c) for c in here})
     results.put("tables", {"precision": precision, "tokens": tokens, "reference": "lora-16", "contestants": facts})
 
 
