@@ -45,6 +45,67 @@ def test_switch_merged_ends_with_the_other_adapter_and_the_old_bits_underneath()
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
+def classifiers():
+    """A BERT with three adapters: other layers each, one with a bias of its own and one with a trained head."""
+    import dataclasses
+
+    model = tiny_bert()
+    vera = attach(model)
+    vera.add(VeraConfig(rank=8, targets=["query", "value"]), "a")
+    vera.add(VeraConfig(rank=4, targets=["value", "key"], seed=1, train_modules=["classifier"]), "b")
+    vera.add(VeraConfig(rank=6, targets=["query", "dense"]), "plain c")
+    for k, name in enumerate(vera.names):
+        randomise(vera, name, seed=k)
+    c = vera.adapter("plain c")
+    layer = next(n for n in c.base.layers if n.endswith("query"))
+    vera.load(dataclasses.replace(c, biases={layer: torch.randn(32, generator=torch.Generator().manual_seed(9))}), "c")
+    return model, vera
+
+
+@pytest.mark.parametrize("keep", ["cpu", "device", "disk"])
+@pytest.mark.parametrize(("one", "other"), [("a", "b"), ("b", "a"), ("b", "c"), ("c", "a"), ("c", "c")])
+def test_a_switch_is_a_fresh_merge_and_one_that_fails_anywhere_changes_nothing(monkeypatch, keep, one, other):
+    from veralib import merging
+
+    model, vera = classifiers()
+    before = bits(model)
+    vera.merge(other)
+    fresh = bits(model)
+    vera.unmerge()
+    vera.merge(one, keep)
+    merged = bits(model)
+    real = merging._merge_layer
+    for last in range(1, 4):
+
+        def fails(tally, module, member, *rest, last=last):
+            if member.name == other and len(tally.sums) == last:
+                raise MemoryError
+            real(tally, module, member, *rest)
+
+        if one != other:  # it would fail on the way back too
+            monkeypatch.setattr(merging, "_merge_layer", fails)
+            with pytest.raises(MemoryError):
+                vera.switch_merged(other)
+            assert vera.merged == one and all(torch.equal(v, merged[k]) for k, v in model.state_dict().items())
+    monkeypatch.setattr(merging, "_merge_layer", real)
+    vera.switch_merged(other)
+    assert vera.merged == other and all(torch.equal(v, fresh[k]) for k, v in model.state_dict().items())
+    vera.unmerge()
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_a_merge_of_nan_says_so():
+    model = tiny_llama()
+    vera = attach(model, VeraConfig(rank=4, targets=["q_proj"]))
+    randomise(vera, "default")
+    with torch.no_grad():
+        vera.member("default").vectors("model.layers.1.self_attn.q_proj")[0][2] = torch.nan
+    with pytest.warns(VeraWarning, match="isn't finite"):
+        report = vera.merge()
+    assert report.surviving != report.surviving  # NaN
+    vera.unmerge()
+
+
 def test_low_precision_merge_reports_the_lost_share_of_delta():
     model = tiny_llama().bfloat16()
     vera = attach(model, VeraConfig(rank=16, targets="all-linear"))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import sharded
 from .adapter import Adapter, BaseModel
+from .autograd import UnitSpec
 from .errors import AdapterFileError, AdapterMismatch, StateError
 from .format import CHECKPOINT_NAME, SEVERAL, save_adapter
 from .linears import shape
@@ -27,15 +28,14 @@ _RESUME = "Resume with the adapters and settings that the checkpoint was made wi
 def adapter_of(vera: "Vera", member: "Member", state: Mapping[str, Tensor] | None = None) -> Adapter:
     """A copy of an adapter's present state, on the CPU. state: a full state_dict of a sharded model, which is read then."""
     inside = vera.inside
-    sharded.in_pieces(vera.model)
+    sharded.put_in_pieces(vera.model)
     read = sharded.reader(state)
-    whole = {key: read(name, tensor) for key, name, tensor in _named(vera, member)}
-    vectors = {u.unit: (whole[f"{u.unit}.d"], whole[f"{u.unit}.b"]) for u in member.layout.units}
+    vectors = {}
+    for unit in member.layout.units:
+        d, b = (read(name, vector) for _, name, vector in _vectors(member, unit))
+        vectors[unit.unit] = (d, b)
+    modules = {head: {key: read(name, t) for key, name, t in _head(vera, member, head)} for head in member.heads}
     layers = list(dict.fromkeys([*member.layout.by_layer, *member.biases]))
-    modules: dict[str, dict[str, Tensor]] = {}
-    for head in member.heads:
-        start = f"module.{head}."
-        modules[head] = {k.removeprefix(start): t for k, t in whole.items() if k.startswith(start)}
     config = getattr(vera.model, "config", None)
     base = BaseModel(
         id=str(getattr(config, "_name_or_path", "") or ""),
@@ -62,27 +62,32 @@ def _saved_members(vera: "Vera") -> "list[Member]":
     return trainable or [m for m in (vera.runtime.active.member, *vera.members.values()) if m is not None][:1]
 
 
-def _named(vera: "Vera", member: "Member") -> Iterator[tuple[str, str, Tensor]]:
-    """Every tensor of an adapter, live: (its key in the adapter's file, its name in the model, the tensor)."""
-    for unit in member.layout.units:
-        _, *names = member.owners.get(unit.unit, ("", "", ""))
-        for letter, name, vector in zip("db", names, member.vectors(unit.unit), strict=True):
-            yield f"{unit.unit}.{letter}", f"{unit.layer}.{name}", vector
-    for head in member.heads:
-        for key, tensor in vera.inside.head_state(head, member).items():
-            yield f"module.{head}.{key}", f"{head}.vera_{member.number}.{key}", tensor
+def _vectors(member: "Member", unit: UnitSpec) -> Iterator[tuple[str, str, Tensor]]:
+    """d and b of a unit, live: (its letter, its name in the model, the tensor)."""
+    _, *names = member.owners.get(unit.unit, ("", "", ""))
+    for letter, name, vector in zip("db", names, member.vectors(unit.unit), strict=True):
+        yield letter, f"{unit.layer}.{name}", vector
+
+
+def _head(vera: "Vera", member: "Member", head: str) -> Iterator[tuple[str, str, Tensor]]:
+    """The tensors of a member's own copy of a head, live: (key in it, name in the model, the tensor)."""
+    for key, tensor in vera.inside.head_state(head, member).items():
+        yield key, f"{head}.vera_{member.number}.{key}", tensor
 
 
 def _tensors(vera: "Vera") -> dict[str, tuple[str, Tensor]]:
     """Every tensor of a checkpoint with its name in the model: one adapter's as in its file, several adapters' with their name
     in front."""
     members = _saved_members(vera)
-    sharded.in_pieces(vera.model)
-    return {
-        (f"{member.name}/" if len(members) > 1 else "") + key: (name, tensor)
-        for member in members
-        for key, name, tensor in _named(vera, member)
-    }
+    sharded.put_in_pieces(vera.model)
+    out: dict[str, tuple[str, Tensor]] = {}
+    for member in members:
+        prefix = f"{member.name}/" if len(members) > 1 else ""
+        for unit in member.layout.units:
+            out |= {f"{prefix}{unit.unit}.{letter}": (name, t) for letter, name, t in _vectors(member, unit)}
+        for head in member.heads:
+            out |= {f"{prefix}module.{head}.{key}": (name, t) for key, name, t in _head(vera, member, head)}
+    return out
 
 
 def save(vera: "Vera", folder: Path, state: Mapping[str, Tensor] | None = None, write: bool = True) -> None:
@@ -152,6 +157,8 @@ def keep_float32(vera: "Vera") -> None:
         units = member.layout.units if member.trainable else ()
         if all(v.dtype == torch.float32 for unit in units[:1] for v in member.vectors(unit.unit)):
             continue
+        if sharded.shards(vera.model):  # FSDP2's own casts, for one forward; its tensors' data mustn't be exchanged
+            return
         for vector in (v for unit in units for v in member.vectors(unit.unit)):
             vector.data = vector.data.float()
             vector.grad = None if vector.grad is None else vector.grad.float()

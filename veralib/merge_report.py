@@ -1,5 +1,6 @@
 """What a merge did to weights that aren't exact: summed up while it writes, layer by layer."""
 
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -57,11 +58,15 @@ class Tally:
     def report(self, name: str, modules: Mapping[str, nn.Module]) -> MergeReport:
         """The MergeReport of what was written; warns where much was lost."""
         found = {layer: sums.tolist() for layer, sums in self.sums.items()}
-        shares = {layer: along / size if size > 0 else 1.0 for layer, (along, size, _) in found.items()}
+        shares = {layer: along / size if size != 0 else 1.0 for layer, (along, size, _) in found.items()}
         inner, norm, rest = (sum(column) for column in zip(*found.values(), strict=True)) if found else (0.0, 0.0, 0.0)
-        surviving, error = (inner / norm, (rest / norm) ** 0.5) if norm > 0 else (1.0, 0.0)
+        surviving, error = (inner / norm, (rest / norm) ** 0.5) if norm != 0 else (1.0, 0.0)
         report = MergeReport(name, len(shares), surviving, error, shares)
-        if surviving < LOW_SHARE or error > LARGE_ERROR:
+        if not math.isfinite(norm):
+            warnings.warn(
+                f"ΔW of \"{name}\" isn't finite, and now the weights aren't: the adapter holds NaN or inf.", VeraWarning
+            )
+        elif surviving < LOW_SHARE or error > LARGE_ERROR:
             layer, share = report.worst
             warnings.warn(
                 f'merging "{name}" kept {100 * surviving:.0f} % of ΔW, the rest is rounded away; rounding errors are '

@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,7 +15,7 @@ from . import kernels, sharded
 from .autograd import UnitSpec
 from .bank import Member
 from .core import delta_weight
-from .errors import ConfigError, StateError
+from .errors import ConfigError, StateError, VeraWarning
 from .heads import plain_copy
 from .linears import Snapshot, is_conv1d, is_plain, quantisation, read_weight, restore, snapshot
 from .merge_report import MergeReport, Tally
@@ -78,6 +79,9 @@ def _write(vera: "Vera", member: Member, keep: Keep, old: "Kept | None" = None) 
             module = vera.inside.sites[name]
             known = old.weights.get(name) if old is not None else None
             if keep != "disk":
+                if known is not None and keep == "device" and known.data.device != module.weight.device:
+                    restore(module, known)  # the model has moved since
+                    known = None
                 kept.weights[name] = known or snapshot(module, None if keep == "device" else "cpu")
                 if name in member.biases:
                     kept.biases[name] = _bias_of(module)
@@ -137,7 +141,9 @@ def switch(vera: "Vera", member: Member) -> MergeReport:
     except BaseException:
         if old is not None:
             unmerge(vera)
-        _write(vera, before, keep)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", VeraWarning)  # said when it was merged
+            _write(vera, before, keep)
         raise
 
 

@@ -130,6 +130,8 @@ class Vera:
             from .interop.parse import with_shapes
 
             adapter = with_shapes(adapter, {n: shape(m) for n, m in self.model.named_modules() if n and is_linear(m)})
+        if adapter.modules:
+            sharded.refuse(self.model, "load an adapter with a trained head", "Load it before fully_shard.")
         if isinstance(source, Adapter) and (wrong := next(faults(adapter), None)):
             raise ConfigError(f'the adapter for "{name}" can\'t be used: {wrong}.')
         modules = matching.check(self.inside, adapter, name, allow_other_base)
@@ -162,7 +164,7 @@ class Vera:
     def save(self, path: "str | PathLike", name: str | None = None) -> Any:
         """Writes one adapter to a file, or to adapter_model.safetensors in a folder; returns the file's path.
 
-        In a sharded model all processes call it, and the first writes.
+        In a sharded model all processes call it, and the first writes: a barrier must come before others read the file.
         """
         adapter = self.adapter(name)
         if sharded.shards(self.model) and not sharded.is_first():
@@ -185,6 +187,8 @@ class Vera:
             raise StateError(
                 f'adapter "{name}" is in use by a rows(), tokens() or using() that hasn\'t ended: remove it after that.'
             )
+        if self.members[name].trainable:
+            sharded.refuse(self.model, f'remove the trainable adapter "{name}"', "use(None) leaves it out.")
         if self.active == name:
             self.runtime.active = BASE
         with self.runtime.lock:
@@ -196,10 +200,10 @@ class Vera:
 
         After merge(keep=None) it is the plain merged model.
         """
+        sharded.refuse(self.model, "detach", "save() the adapter, and load it into the base model on one device.")
         if self.merged is not None and self.kept is not None and self.kept.where is None:
             self.runtime.merged = self.kept = None
         self._unmerged("detach")
-        sharded.refuse(self.model, "detach", "save() the adapter, and load it into the base model on one device.")
         self.runtime.active = BASE
         self.inside.release()
         self._selections.clear()
@@ -269,14 +273,14 @@ class Vera:
         merging.unmerge(self)
 
     def switch_merged(self, name: str) -> "MergeReport":
-        """Unmerges what is merged and merges `name`."""
+        """Merges `name` in the place of what is merged; the weights kept for unmerge() stay kept."""
         return merging.switch(self, self.member(name))
 
     # Training
 
     def parameter_groups(self, lr: float = 1e-2, lr_head: float = 4e-3, name: str | None = None) -> list[dict[str, Any]]:
         """Optimiser groups of one adapter, or of all trainable ones: d and b at lr, whole modules at lr_head (Table 8)."""
-        sharded.in_pieces(self.model)  # what trains is the pieces
+        sharded.put_in_pieces(self.model)  # what trains is the pieces
         chosen = [self.member(name)] if name is not None else [m for m in self.members.values() if m.trainable]
         vectors = [
             t

@@ -57,8 +57,6 @@ class Residence:
         member = Member(name, config, self._layout(_units(targets, config)), self._next, heads=tuple(heads))
         self._adapt({t.layer: t.module for t in targets}, heads)
         self._make_trainable(member)
-        if sharded.several_processes():
-            self.hashes_of(member.layout.by_layer)  # while the weights are whole
         for module in heads.values():
             self._add_head(module, member)
         return self._enter(member)
@@ -140,6 +138,11 @@ class Residence:
         """Weight hashes of these layers, cached until a weight changes; of a merged model, those of its base weights."""
         return matching.cached_hashes(self, {n: self.sites[n] for n in names})
 
+    def hash_in_time(self) -> None:
+        """Takes the hashes while the weights are whole, where the model may be sharded later."""
+        if sharded.several_processes():
+            self.hashes_of(self.sites)
+
     def head_state(self, name: str, member: Member) -> dict[str, Tensor]:
         """The state_dict of a member's own copy of a fully trained module."""
         module = self.heads[name]
@@ -207,6 +210,7 @@ class Residence:
             module.register_parameter(f"{stem}_b", nn.Parameter(b, requires_grad=member.config.train != "d"))
             owners[unit.unit] = (module, f"{stem}_d", f"{stem}_b")
         member.owners = owners
+        self.hash_in_time()
 
     @torch.no_grad()
     def _write(self, member: Member, row: Tensor) -> None:

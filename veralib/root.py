@@ -44,7 +44,9 @@ class VeraRoot:
             checkpoint.load(self._vera_handle, state_dict)
             return _IncompatibleKeys([], [])
         own = {k: v for k, v in mine.items() if is_own_key(k) and k not in state_dict}
-        return super().load_state_dict({**state_dict, **own}, strict=strict, assign=assign)  # type: ignore[misc]
+        loaded = super().load_state_dict({**state_dict, **own}, strict=strict, assign=assign)  # type: ignore[misc]
+        self._vera_handle.inside.hash_in_time()
+        return loaded
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)  # type: ignore[misc]
@@ -66,6 +68,8 @@ class VeraPreTrained(VeraRoot):
             if kwargs.get("push_to_hub"):
                 raise StateError("save_pretrained(push_to_hub=True) is for merged models: vera.push(repo_id) uploads an adapter.")
             main = args[0] if args else kwargs.get("is_main_process", True)
+            if state_dict == {} and sharded.shards(self):  # type: ignore[arg-type]
+                return None  # gathered on another process, which saves
             if main or (state_dict is None and sharded.shards(self)):  # type: ignore[arg-type]
                 checkpoint.save(vera, Path(save_directory), state_dict, write=main)
             return None

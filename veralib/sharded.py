@@ -50,13 +50,11 @@ def refuse_new_vectors(model: nn.Module) -> None:
     )
 
 
-def in_pieces(model: nn.Module) -> bool:
-    """Whether a model is sharded. Its pieces are in place from then on: a forward leaves the root's tensors whole behind it,
-    copies that nobody reads again."""
-    found = shards(model)
-    for module in found:
+def put_in_pieces(model: nn.Module) -> None:
+    """Makes the modules of a sharded model hold their pieces: a forward leaves the root's whole tensors there, copies that nobody
+    reads again."""
+    for module in shards(model):
         module.reshard()
-    return bool(found)
 
 
 def is_first() -> bool:
@@ -67,8 +65,8 @@ def is_first() -> bool:
 def reader(state: Mapping[str, Tensor] | None = None) -> Callable[[str, Tensor], Tensor]:
     """A function of a tensor's name in the model and the tensor: a whole copy on the CPU.
 
-    state: a full state_dict, gathered by whoever calls on one process alone; its tensors are taken then. Without it pieces
-    are gathered, by all processes at once.
+    Pieces are gathered, by all processes at once. With state, a full state_dict, they come from there, and one process may be
+    alone; StateError where it lacks one.
     """
     known = {}
     for key, tensor in (state or {}).items():
@@ -77,17 +75,28 @@ def reader(state: Mapping[str, Tensor] | None = None) -> Callable[[str, Tensor],
         known[key] = tensor
 
     def read(key: str, tensor: Tensor) -> Tensor:
-        tensor = known.get(key, tensor) if is_piece(tensor) else tensor
-        whole = tensor.full_tensor() if is_piece(tensor) else tensor  # type: ignore[attr-defined]
-        return whole.detach().to("cpu", copy=True)
+        if is_piece(tensor) and state is not None:
+            if key not in known:
+                raise StateError(
+                    f'the state_dict lacks "{key}", of which this process has a piece: give a full one '
+                    "(StateDictOptions(full_state_dict=True), frozen parameters too), or none, on all processes."
+                )
+            tensor = known[key]
+        if is_piece(tensor):  # with CPU offloading the piece waits where its process group can't reach it
+            tensor = tensor.to(tensor.device_mesh.device_type).full_tensor()  # type: ignore[attr-defined]
+        return tensor.detach().to("cpu", copy=True)
 
     return read
 
 
 def fill(target: Tensor, source: Tensor) -> None:
-    """target.copy_(source), where the target may be in pieces and every process has the whole source."""
+    """target.copy_(source), where the target may be a piece of what this process has whole in source."""
     if is_piece(target) and not is_piece(source):
-        from torch.distributed.tensor import distribute_tensor
-
-        source = distribute_tensor(source.to(target.device), target.device_mesh, target.placements)  # type: ignore[attr-defined]
+        piece: Any = target
+        for k, placement in enumerate(piece.placements):
+            if placement.is_shard():
+                parts = source.chunk(piece.device_mesh.size(k), placement.dim)
+                mine = piece.device_mesh.get_local_rank(k)
+                source = parts[mine] if mine < len(parts) else source.narrow(placement.dim, 0, 0)
+        target = piece.to_local()
     target.copy_(source)

@@ -188,20 +188,35 @@ def basis(results: common.Results, options: common.Options) -> bool:
 
 
 def merging(results: common.Results, options: common.Options) -> bool:
-    """merge, switch and unmerge of the whole model, timed; unmerge gives the bits back."""
+    """merge, switch and unmerge of the whole model, timed; ΔW is in the weights, and unmerge gives the bits back."""
     clock = options.clock
     model = common.build(options.size, clock.device).eval()
     vera = fill(model, 8 if options.tiny else 256, 2)
     before = [p.clone() for p in model.parameters()]
     times: dict[str, Sequence[float]] = {}
-    for _ in range(2):  # the second is kept: in the first A and B grow in float32 and hashes are taken
+    there = []
+    for _ in range(2):  # the second is kept: in the first A and B grow and hashes are taken
         times["merge"] = clock.time_ms(lambda: vera.merge("0", keep="device"))
+        there.append(_share_of_delta(vera, "0", before))
         times["switch"] = clock.time_ms(lambda: vera.switch_merged("1"))
+        there.append(_share_of_delta(vera, "1", before))
         times["unmerge"] = clock.time_ms(vera.unmerge)
     same = all(bool((p == q).all()) for p, q in zip(model.parameters(), before, strict=True))
     found = {"kernels": kernels.wanted(), "weight_bytes": 2 * options.size.weights, "ms": times, "unmerge bit-equal": same}
-    results.put("merging", found | {"fine": same})
-    return same
+    fine = same and all(abs(share - 1) < 0.05 for share in there)
+    results.put("merging", found | {"ΔW in the weights": there, "fine": fine})
+    return fine
+
+
+def _share_of_delta(vera: Any, name: str, before: list[Tensor]) -> float:
+    """⟨W − W0, ΔW⟩ / ⟨ΔW, ΔW⟩ of the last layer's down_proj, in float64: 1 but for rounding."""
+    layer, W = [(n.removesuffix(".weight"), p) for n, p in vera.model.named_parameters() if n.endswith("down_proj.weight")][-1]
+    W0 = next(q for p, q in zip(vera.model.parameters(), before, strict=True) if p is W)
+    member = vera.member(name)
+    (unit,) = member.layout.by_layer[layer]
+    d, b = (v.double() for v in member.vectors(unit.unit))
+    delta = (b[:, None] * unit.B(W).double() * (d * unit.scale)) @ unit.A(W).double()
+    return float(((W.double() - W0.double()) * delta).sum() / delta.square().sum())
 
 
 def with_kernels(check: Callable[[], bool]) -> bool:

@@ -1,4 +1,7 @@
-"""The plain PyTorch forms of the kernels: what runs where they are off, and what they are measured against."""
+"""The plain PyTorch forms of the kernels: what runs where they are off, and what they are measured against.
+
+merge_into alone isn't what runs: merging.py adds ΔW by the same steps, to quantised weights too.
+"""
 
 import torch
 from torch import Tensor
