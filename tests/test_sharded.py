@@ -213,3 +213,22 @@ def test_rows_of_a_sharded_model_are_those_of_the_whole_one(folder):
         found = torch.load(folder / f"rows-{rank}.pt")
         assert (found - right).norm() < 1e-5 * right.norm()
     assert len({tuple(row.flatten().tolist()) for row in right}) == 4
+
+
+def test_a_layer_that_tensor_parallelism_has_split_is_refused():
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = tiny_llama()
+        layer = model.model.layers[1].self_attn.o_proj
+        pieces = distribute_tensor(layer.weight.detach(), init_device_mesh("cpu", (1,)), [Shard(1)])
+        layer.weight = torch.nn.Parameter(pieces)
+        plain = type(model)
+        with pytest.raises(StateError, match=r"layers\.1\.self_attn\.o_proj.*tensor parallelism isn't supported"):
+            attach(model, LINEARS)
+        assert type(model) is plain and type(layer) is torch.nn.Linear
+        attach(model, VeraConfig(rank=4, targets=["q_proj"]))
+    finally:
+        torch.distributed.destroy_process_group()

@@ -14,7 +14,7 @@ from .autograd import UnitSpec
 from .bank import Bank, Layout, Member
 from .basis import Basis, layer_id_of
 from .config import VeraConfig
-from .errors import ConfigError, VeraWarning, unknown_name
+from .errors import ConfigError, StateError, VeraWarning, unknown_name
 from .fleetbank import FleetBank
 from .heads import TEMPLATE, adapt_head, plain_copy, release_head
 from .linears import shape
@@ -174,6 +174,15 @@ class Residence:
         return member
 
     def _adapt(self, modules: Mapping[str, nn.Module], heads: Mapping[str, nn.Module]) -> None:
+        split = next(
+            (n for n, m in modules.items() if n not in self.sites and sharded.is_piece(m._parameters.get("weight"))), None
+        )
+        if split is not None and not sharded.shards(self.model):
+            raise StateError(
+                f'layer "{split}" is split over processes (its weight is a DTensor) by something else than fully_shard on this '
+                "model: tensor parallelism isn't supported. Train with fully_shard or DistributedDataParallel; vLLM serves "
+                "adapters in tensor parallel."
+            )
         for layer, module in modules.items():
             if layer not in self.sites:
                 layers.adapt(layer, module, self.runtime)
