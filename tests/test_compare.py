@@ -48,11 +48,11 @@ def test_an_interval_is_students():
     # n = 3, mean 2, standard deviation 1: ± 4.302653 / √3, from a printed t table (0.975, 2 degrees).
     low, high = interval([1.0, 2.0, 3.0])
     assert (low, high) == pytest.approx((2 - 4.302653 / math.sqrt(3), 2 + 4.302653 / math.sqrt(3)), abs=1e-5)
-    assert interval([1.0]) is None
-    one = chosen([run("a", 1, s, 0, t) for s, t in ((0, 0.5), (1, 0.7), (2, 0.9))], "matthews")[0]
-    other = chosen([run("b", 1, s, 0, t) for s, t in ((1, 0.6), (2, 0.7), (3, 0.1))], "matthews")[0]
+    assert interval([1.0]) is None and interval([1.0, 1.0]) is None
+    one = chosen([run("a", 1, s, 0, t) for s, t in ((0, 0.5), (1, 0.7), (2, 0.9), (3, 0.5))], "matthews")[0]
+    other = chosen([run("b", 1, s, 0, t) for s, t in ((1, 0.6), (2, 0.7), (3, 0.35), (4, 0.1))], "matthews")[0]
     middle, ends, seeds = paired(one, other)
-    assert (middle, seeds) == (pytest.approx(15.0), 2) and ends[0] < 15 < ends[1]
+    assert (middle, seeds) == (pytest.approx(15.0), 3) and ends[0] < 15 < ends[1]
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_an_interval_is_students():
         ((0.1, 5), "better"),
         ((-5, -0.1), "worse"),
         ((-2, 2), "undecided"),
-        (None, "one seed says nothing"),
+        (None, "fewer than three seeds say nothing"),
     ],
 )
 def test_what_an_interval_says(ends, says):

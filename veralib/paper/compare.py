@@ -10,6 +10,9 @@ from typing import Any
 MARGIN = 1.0
 """Points on the 0 to 100 scale within which two methods count as on par: our choice, the same on every page."""
 
+FEWEST = 3
+"""Seeds below which no interval is drawn."""
+
 
 @dataclass(frozen=True)
 class Line:
@@ -56,10 +59,11 @@ def chosen(results: Sequence[dict[str, Any]], metric: str) -> list[Line]:
 
 
 def interval(differences: Sequence[float]) -> tuple[float, float] | None:
-    """The 95 % t interval of a mean of paired differences; None of fewer than two."""
+    """The 95 % t interval of a mean of paired differences; None of fewer than three: two scores of few hundred rows are often the
+    same, and their interval a point."""
     from scipy import stats
 
-    if len(differences) < 2:
+    if len(differences) < FEWEST:
         return None
     middle, error = statistics.mean(differences), stats.sem(differences)
     half = float(stats.t.ppf(0.975, len(differences) - 1)) * float(error)
@@ -76,7 +80,7 @@ def paired(one: Line, other: Line) -> tuple[float, tuple[float, float] | None, i
 def verdict(low_high: tuple[float, float] | None, margin: float = MARGIN) -> str:
     """What an interval of a difference says: better, worse, on par (all of it within the margin), or undecided."""
     if low_high is None:
-        return "one seed says nothing"
+        return "fewer than three seeds say nothing"
     low, high = low_high
     if -margin <= low and high <= margin:
         return "on par"
