@@ -60,12 +60,12 @@ def merge(vera: "Vera", member: Member, keep: Keep) -> MergeReport:
         raise ConfigError(f'keep is {keep!r}, expected "cpu", "device", "disk" or None.')
     sharded.refuse(vera.model, "merge", "save() the adapter, and merge it on one device.")
     _refuse_overrides(vera)
+    _refuse_ties(vera, member)
     return _write(vera, member, keep)
 
 
 def _write(vera: "Vera", member: Member, keep: Keep, old: "Kept | None" = None) -> MergeReport:
     """old: what another adapter, merged now, has kept. Those weights are W0 and stay kept; what only it changed is put back."""
-    _refuse_ties(vera, member)
     names = list(dict.fromkeys([*member.layout.by_layer, *member.biases]))
     vera.inside.hashes_of(vera.inside.sites)  # of the base weights: load() compares with these while merged
     kept = Kept(keep, {}, {}, {})

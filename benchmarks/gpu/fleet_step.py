@@ -39,8 +39,7 @@ def fleet(base: nn.Module, owners: int, rank: int, x: torch.Tensor, g: torch.Ten
             return model(inputs_embeds=x, use_cache=False).last_hidden_state
 
     def step() -> None:
-        with vera.rows(rows):
-            forward().backward(g)
+        forward().backward(g)
         x.grad = None
         optimizer.step()
         optimizer.zero_grad()
