@@ -119,25 +119,24 @@ class Setting:
 
     R, SLOTS, TOKENS = 8, 4, 12
 
-    def __init__(self, dtype=torch.float32, static=False):
-        self.bases = Bases(2, self.R, dtype, torch.device("cpu"))
+    def __init__(self, dtype=torch.float32, static=False, device=torch.device("cpu")):  # noqa: B008
+        self.bases = Bases(2, self.R, dtype, device)
         place = Place(
             "qkv", 24, 0, 24, (Piece("q", 0, 0, 16), Piece("k", 16, 4, 4), Piece("v", 20, 4, 4)), {"q": 16, "k": 8, "v": 8}
         )
-        self.tables = Tables(self.SLOTS, self.R, 2, 3 * self.R, 24, self.TOKENS, dtype, torch.device("cpu"), static)
+        self.tables = Tables(self.SLOTS, self.R, 2, 3 * self.R, 24, self.TOKENS, dtype, device, static)
         self.site = Site(place, self.tables, self.bases, 0, 0, 0)
         self.vectors = []
         generator = torch.Generator().manual_seed(0)
         for slot, (basis, rank, which) in enumerate([(0, 8, (0, 1, 2)), (1, 4, (0, 2)), (0, 2, (1,)), (1, 8, (2,))]):
             at = self.bases.place(NATIVE[basis])
             d = {i: torch.randn(rank, generator=generator) for i in which}
+            scaled = torch.cat([*d.values()]) / self.bases.factor(NATIVE[basis])  # as the manager does
             b = {i: torch.randn(place.pieces[i].width, generator=generator) for i in which}
             columns_d = torch.cat([torch.arange(i * self.R, i * self.R + rank) for i in which])
             columns_b = torch.cat([torch.arange(p.out, p.out + p.width) for p in (place.pieces[i] for i in which)])
             layout = Layout(slot, columns_d, columns_b, frozenset(which), rank)
-            self.tables.write(
-                slot, Loaded(slot + 1, layout, at, torch.cat([*d.values()]).to(dtype), torch.cat([*b.values()]).to(dtype))
-            )
+            self.tables.write(slot, Loaded(slot + 1, layout, at, scaled.to(dtype), torch.cat([*b.values()]).to(dtype)))
             self.vectors.append((NATIVE[basis], rank, d, b))
         self.place = place
 
@@ -157,15 +156,16 @@ class Setting:
 
 @pytest.mark.parametrize("ids", [(1, 2, 3, 4, 0, 0, 1), (2,) * 5, (1, 1, 0), (0, 3, 0, 3), (1, 3), (4, 2, 4), (0, 0)])
 @pytest.mark.parametrize("static", [False, True])
-def test_sums_equal_the_reference(ids, static):
-    s = Setting(static=static)
-    x, out = torch.randn(len(ids), 24), torch.randn(len(ids), 24)
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.float16, 2e-2), (torch.bfloat16, 0.2)])
+def test_sums_equal_the_reference(ids, static, dtype, bound):
+    s = Setting(dtype, static=static)
+    x, out = torch.randn(len(ids), 24).to(dtype), torch.randn(len(ids), 24).to(dtype)
     want = s.want(x, out, ids)
     s.tables.follow(ids, {n: n - 1 for n in (1, 2, 3, 4)})
     base = out.clone()
     got = s.site._add_static(x, out) if static else s.site.add(x, out)
     assert got.data_ptr() == out.data_ptr()
-    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got.double(), want, rtol=bound, atol=bound)
     for t, number in enumerate(ids):
         if number == 0:
             assert torch.equal(got[t], base[t])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ... import kernels
 from ...basis import MATRIX_A, MATRIX_B, Basis, basis_bytes, level_table, peft_pair
 from ...errors import StateError
 from ...products import emulated
@@ -33,6 +34,8 @@ class Bases:
         self.users = [0] * count
         self._a: dict[tuple[int, int], Tensor] = {}
         self._b: dict[tuple[int, int], Tensor] = {}
+        self.fused = kernels.on(torch.empty(1, dtype=dtype, device=device))
+        """Whether the static form goes through veralib.kernels; fixed here, since B is laid out for it."""
         self._packs = _packer(dtype, device)
         self._packed: dict[tuple[int, int, int | None, int | None], Callable[[Tensor], Tensor]] = {}
 
@@ -42,7 +45,7 @@ class Bases:
         return sum(t.numel() * t.element_size() for t in [*self._a.values(), *self._b.values()])
 
     def factor(self, basis: Basis) -> float:
-        """What the matrices are multiplied by here and d divided by. In float16 sums of A x could pass 65504; 1/64 is exact."""
+        """What A is multiplied by here and d must be divided by. In float16 sums of A x could pass 65504; 1/64 is exact."""
         return 1 / 64 if self.dtype == torch.float16 and basis.kind != "peft" else 1.0
 
     def A(self, first: int, last: int) -> Tensor:
@@ -55,8 +58,11 @@ class Bases:
 
     def _block(self, blocks: dict, key: tuple[int, int], shape: tuple[int, int, int]) -> Tensor:
         if key not in blocks:
-            count, rows, columns = shape  # as its transpose: a product with few tokens is a fifth faster on a CPU
-            blocks[key] = torch.zeros(count, columns, rows, dtype=self.dtype, device=self.device).transpose(1, 2)
+            count, rows, columns = shape
+            if self.fused:
+                blocks[key] = torch.zeros(shape, dtype=self.dtype, device=self.device)
+            else:  # as its transpose: a product with few tokens is a fifth faster on a CPU
+                blocks[key] = torch.zeros(count, columns, rows, dtype=self.dtype, device=self.device).transpose(1, 2)
         return blocks[key]
 
     def product(self, x: Tensor, block: Tensor, at: int, rows: int | None = None, columns: int | None = None) -> Tensor:
@@ -106,9 +112,9 @@ class Bases:
                 part = pair[1][first:last, : self.rank]
                 block[at, : part.shape[0], : part.shape[1]] = part.to(self.device, self.dtype)
             return
-        table = torch.from_numpy(level_table(basis.levels).copy()).to(self.device) * self.factor(basis)
+        table = torch.from_numpy(level_table(basis.levels).copy()).to(self.device)
         for (first, _), block in self._a.items():
-            _grow(block[at], table, basis, MATRIX_A, 0, first)
+            _grow(block[at], table * self.factor(basis), basis, MATRIX_A, 0, first)
         for (first, _), block in self._b.items():
             _grow(block[at], table, basis, MATRIX_B, first, 0)
 

@@ -5,7 +5,8 @@
     out += b[row] ∘ (h Bᵀ)    slices that read the same rows of B (k and v; gate and up) as one product
 
 The eager form does no more than the step asks for: the tokens, pieces, ranks and bases that it holds. The static form, for
-torch.compile and CUDA graphs, does everything always, with shapes that depend on the number of tokens alone.
+torch.compile and CUDA graphs, does everything always, with shapes that depend on the number of tokens alone. With veralib.kernels
+on, it is one kernel a piece and basis, and a token without an adapter costs its tile's share of nothing.
 """
 
 from collections.abc import Iterable
@@ -138,6 +139,9 @@ class Site:
         t, n = self.tables, flat.shape[0]
         rows = t.rows[:n]
         us = [F.linear(flat, self.A[k]) for k in range(self.bases.count)]
+        if self.bases.fused:
+            self._add_fused(us, sums)
+            return sums.view(out.shape)
         has = (rows != t.slots)[:, None]
         parts = []
         for g in self.all_groups:
@@ -151,6 +155,23 @@ class Site:
             part = sums[:, g.out]
             part.copy_(torch.where(has, part + y.to(out.dtype), part))
         return sums.view(out.shape)
+
+    def _add_fused(self, us: list[Tensor], sums: Tensor) -> None:
+        t, n = self.tables, sums.shape[0]
+        for piece, columns_d, columns_b in zip(self.place.pieces, self.columns_d, self.columns_b, strict=True):
+            B = self.bases.B(piece.start, piece.start + piece.width)
+            for k, u in enumerate(us):
+                # Without the last row, which is zero: its index then names nobody, and such a token is left alone.
+                d, b = t.d[:-1, columns_d], t.b[:-1, columns_b]
+                _mixed_add(sums[:, piece.out : piece.out + piece.width], u, d, b, t.rows_of[k, :n], B[k])
+
+
+@torch.library.custom_op("veralib::mixed_add_", mutates_args={"out"})
+def _mixed_add(out: Tensor, u: Tensor, d: Tensor, b: Tensor, index: Tensor, B: Tensor) -> None:
+    """The kernel as one operation that torch.compile doesn't look into."""
+    from ...kernels.mixed import mixed_add
+
+    mixed_add(out, u, d, b, index, B)
 
 
 def _follows(one: Piece, other: Piece) -> bool:
