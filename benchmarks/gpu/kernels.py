@@ -106,6 +106,9 @@ def _product(bench: Bench, section: str, label: dict[str, Any], matrix: int, out
         chosen = mixed.choose_tile(T, outputs, name == "grown", low)
         near = range(min(T, 256) // 4, max(16, T) + 1)  # tiles of far more tokens than there are waste their work
         fitting = [t for t in TILES[name == "grown"] if more and t.BT in near]
+        if section == "rank_space":
+            chosen, *fitting = (t._replace(parts=mixed.choose_parts(t, T, outputs, inputs)) for t in (chosen, *fitting))
+            fitting += [chosen._replace(parts=parts) for parts in (1, 4, 8, 16) if more]
         for tile in dict.fromkeys((chosen, *fitting)):
             launch = functools.partial(mixed._launch, tile=tile)
             title = name if tile == chosen else f"{name} {'x'.join(map(str, tile))}"

@@ -22,8 +22,11 @@ from veralib.kernels.words import LEVELS
 from . import common
 
 POINTER = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
-INTEGERS = ("T", "outputs", "inputs", "adapters", "per_row", "m", "n", "r", "rows", "columns", "matrix", "layer", "k0", "k1")
-WHOLE = ("inputs", "outputs", "m", "n", "r", "rows", "columns")  # multiples of 16 in real models, as strides are
+INTEGERS = (
+    "T", "outputs", "inputs", "length", "adapters", "per_row", "m", "n", "r", "rows", "columns", "size", "matrix", "layer",
+    "k0", "k1",
+)  # fmt: skip
+WHOLE = ("inputs", "outputs", "length", "m", "n", "r", "rows", "columns")  # multiples of 16 in real models, as strides are
 SOURCES = ("numbers", "bytes", "grown")
 HALF, FULL = torch.bfloat16, torch.float32
 # what, dtype, source, tokens, outputs, kind of levels
@@ -89,6 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
         constants = {"per_row": 1, "LENGTH": 0, "SCALED": scaled, "INDEXED": scaled, "SOURCE": kind, "LEVELS": LEVELS[levels]}
         label = {"what": what, "dtype": str(dtype).removeprefix("torch."), "source": source, "levels": levels, "T": T}
         put(label | {"tile": list(shape.values())}, mixed._product, pointers, constants | shape, tile.num_warps, tile.num_stages)
+    put({"what": "total"}, mixed._total, {"out": POINTER[HALF], "parts": POINTER[FULL]}, {"PARTS": 16, "BLOCK": 256}, 2)
     for dtype, low in POINTER.items():
         name = str(dtype).removeprefix("torch.")
         vectors = {"d": "*fp32", "b": "*fp32"}

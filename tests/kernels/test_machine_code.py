@@ -21,7 +21,7 @@ def run(*arguments: str, **environment: str) -> str:
 def test_every_kernel_compiles_for_hopper_and_keeps_its_numbers_in_registers(device, tmp_path):
     run("benchmarks.gpu.resources", "--out", str(tmp_path), TRITON_CACHE_DIR=str(tmp_path / "cache"))
     made = json.loads((tmp_path / "kernels_code.json").read_text())["kernels"]
-    assert {e["what"] for e in made} == {"mixed_add", "rank_space", "fold", "vector_gradients", "merge", "grow"}
+    assert {e["what"] for e in made} == {"mixed_add", "rank_space", "total", "fold", "vector_gradients", "merge", "grow"}
     assert not [e for e in made if e["stack_bytes"] > 16]  # a spilled tile is hundreds of bytes
     products = [e for e in made if "source" in e]
     # Half precision goes through the matrix units; float32 doesn't, which would round it to TF32.

@@ -83,6 +83,31 @@ def test_rank_space(device, dtype, kind, levels):
         assert error(rank_space(x, A), right) < BOUND[dtype]
 
 
+@pytest.mark.parametrize("kind", SOURCES)
+@pytest.mark.parametrize("parts", [2, 4, 16])
+def test_sums_in_parts_leave_no_input_out_and_take_none_twice(device, kind, parts):
+    """Lengths that no part divides, and more parts than there is to do."""
+    from veralib.kernels.mixed import Tile, _launch, numbers
+
+    pair = Basis(seed=any_seed())
+    for T, n, r in ((1, 513, 20), (18, 700, 9), (3, 5, 3)):
+        A, x = source(kind, pair, MATRIX_A, (r, n), device, torch.float32), draw(T, n, device=device)
+        out = torch.full((T, r), torch.nan, device=device)
+        _launch(out, x, A, None, None, None, 1, Tile(16, 16, 1 if kind == "grown" else 16, 4, 1, parts))
+        assert error(out, x.double().cpu() @ numbers(A, x).double().cpu().t()) < BOUND[torch.float32]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", SOURCES)
+def test_a_long_sum_for_few_tokens(device, kind, dtype):
+    from veralib.kernels.mixed import choose_parts, choose_tile, numbers, rank_space
+
+    pair, n, r = Basis(seed=any_seed()), 1100, 20
+    A, x = source(kind, pair, MATRIX_A, (r, n), device, dtype), draw(3, n, dtype=dtype, device=device)
+    assert choose_parts(choose_tile(3, r, kind == "grown", dtype), 3, r, n) == 4
+    assert error(rank_space(x, A), x.double().cpu() @ numbers(A, x).double().cpu().t()) < BOUND[dtype]
+
+
 def test_a_row_without_an_adapter_is_left_alone_whatever_it_holds(device):
     """Never multiplied by zero: inf · 0 is no number. Nor is anything read for an index that no adapter has."""
     from veralib.kernels.mixed import mixed_add

@@ -2,7 +2,8 @@
 
 The matrix F (A or B, (outputs, inputs)) is read as numbers, read as the raw bytes of basis.basis_bytes, half of bf16, or never
 stored: each tile grows from the seed where it is multiplied. A grown tile holds the words of 16 neighbouring inputs, so the sum
-over the inputs is taken in 16 strides: no number moves between threads.
+over the inputs is taken in 16 strides: no number moves between threads. A is long and thin, so for few tokens its inputs are
+dealt out over several programs, whose sums a second kernel adds up, always in one order.
 """
 
 from dataclasses import dataclass
@@ -39,7 +40,8 @@ def _dot(left, right, total, INTERPRETED: tl.constexpr):
 
 @triton.jit(do_not_specialize=["matrix", "layer", "k0", "k1"])
 def _product(
-    out, x, F, d, b, index, levels, T, outputs, inputs, adapters, per_row, s_out, s_x, s_F, s_d, s_b, matrix, layer, k0, k1,
+    out, x, F, d, b, index, levels, T, outputs, inputs, length, adapters, per_row,
+    s_out, s_part, s_x, s_F, s_d, s_b, matrix, layer, k0, k1,
     LENGTH: tl.constexpr, SCALED: tl.constexpr, INDEXED: tl.constexpr, SOURCE: tl.constexpr, LEVELS: tl.constexpr,
     BT: tl.constexpr, BO: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
@@ -51,13 +53,15 @@ def _product(
         rows = tl.where(rows < adapters, rows, -1).to(tl.int32)
         if tl.max(rows, axis=0) < 0:  # no token of this tile has an adapter
             return
-    # LENGTH: inputs, for the interpreter alone: Triton 3.6's can't count a loop to a number that it is given at run time.
-    end = LENGTH if LENGTH else inputs
+    # This program's inputs: [first, first + length). LENGTH is length, for the interpreter alone: Triton 3.6's can't count a loop
+    # to a number that it is given at run time.
+    first = tl.program_id(2) * length
+    end = LENGTH if LENGTH else length
     low = x.dtype.element_ty
     total = tl.zeros((BT, BO), tl.float32)
     if SOURCE == 2:
         for start in range(0, (end + 15) // 16, BK):
-            c = start + tl.arange(0, BK)
+            c = first // 16 + start + tl.arange(0, BK)
             w0, w1, w2, w3 = words(c[:, None], o[None, :], matrix, layer, k0, k1)
             for s in tl.static_range(16):
                 grown = level(byte(w0, w1, w2, w3, s), levels, LEVELS).to(low)
@@ -65,7 +69,7 @@ def _product(
                 total = _dot(left, grown, total, LENGTH > 0)
     else:
         for start in range(0, end, BK):
-            ks = start + tl.arange(0, BK)
+            ks = first + start + tl.arange(0, BK)
             left = _left(x, d, tokens, rows, ks, T, inputs, s_x, s_d, SCALED)
             there = (ks < inputs)[:, None] & (o < outputs)[None, :]
             read = tl.load(F + o.to(tl.int64)[None, :] * s_F + ks[:, None], mask=there, other=0)
@@ -75,12 +79,22 @@ def _product(
                 right = read.to(low)
             total = _dot(left, right, total, LENGTH > 0)
     there = (tokens < T)[:, None] & (o < outputs)[None, :]
-    place = out + tokens.to(tl.int64)[:, None] * s_out + o[None, :]
+    place = out + tl.program_id(2).to(tl.int64) * s_part + tokens.to(tl.int64)[:, None] * s_out + o[None, :]
     if SCALED:
         there = there & (rows >= 0)[:, None]
         scales = tl.load(b + rows.to(tl.int64)[:, None] * s_b + o[None, :], mask=there, other=0.0)
         total = total * scales.to(tl.float32) + tl.load(place, mask=there, other=0.0).to(tl.float32)
     tl.store(place, total.to(out.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def _total(out, parts, size, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """out = the sum of parts (PARTS, size) over the first, rounded once."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for part in tl.static_range(PARTS):
+        total += tl.load(parts + part * size + at, mask=at < size, other=0.0)
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=at < size)
 
 
 @dataclass(frozen=True)
@@ -129,24 +143,32 @@ def mixed_add(out: Tensor, u: Tensor, d: Tensor, b: Tensor, index: Tensor | None
 
 
 class Tile(NamedTuple):
-    """A program's part of the work: BT tokens, BO outputs, BK inputs at a time (grown: blocks of 16 inputs)."""
+    """A program's work: BT tokens, BO outputs, one of `parts` of the inputs, BK of them at a time (grown: blocks of 16)."""
 
     BT: int
     BO: int
     BK: int
     num_warps: int
     num_stages: int
+    parts: int = 1
 
 
 def choose_tile(T: int, outputs: int, grown: bool, dtype: torch.dtype) -> Tile:
     """A first choice by arithmetic and by what the compiler says of registers; no measurement has changed it yet."""
     BT = 16 if T <= 16 else 32 if T <= 32 or dtype == torch.float32 else 64
-    BO = 16 if outputs <= 512 else 64  # a thin matrix must be cut up finely to reach every multiprocessor
+    BO = 16 if outputs <= 512 and T <= 256 else 64  # a thin matrix must be cut up finely to reach every multiprocessor
     if grown:
         return Tile(BT, BO, 16, 4, 1)  # nothing large is read ahead
     if dtype == torch.float32 or T <= 64 or outputs <= 4096:
         return Tile(BT, BO, 64 if dtype != torch.float32 else 32, 4, 3)
     return Tile(128, 128, 64, 8, 3)
+
+
+def choose_parts(tile: Tile, T: int, outputs: int, inputs: int) -> int:
+    """Into how many parts A's inputs go: until a large GPU's multiprocessors have two programs each, or the parts get short."""
+    programs = triton.cdiv(T, tile.BT) * triton.cdiv(outputs, tile.BO)
+    most = min(256 // programs, inputs // 256, 16)
+    return 1 << max(0, most.bit_length() - 1)
 
 
 def _launch(
@@ -164,20 +186,31 @@ def _launch(
     basis = F.basis if isinstance(F, Grown) else None
     levels = basis.levels if basis else F.levels if isinstance(F, Bytes) else "uniform"
     check_columns(out=out, x=x, d=d, b=b, F=values)
-    tile = tile or choose_tile(T, outputs, kind == 2, x.dtype)
+    if tile is None:
+        tile = choose_tile(T, outputs, kind == 2, x.dtype)
+        if d is None and out.is_contiguous():
+            tile = tile._replace(parts=choose_parts(tile, T, outputs, inputs))
     if kind != 2:
         tile = tile._replace(BK=max(16, min(tile.BK, triton.next_power_of_2(inputs))))
+    shape = tile._asdict()
+    parts = shape.pop("parts")
+    at_once = tile.BK * (16 if kind == 2 else 1)
+    length = triton.cdiv(triton.cdiv(inputs, parts), at_once) * at_once if parts > 1 else inputs
+    sums = out if parts == 1 else torch.empty(parts, T, outputs, dtype=torch.float32, device=x.device)
     k0, k1 = key(basis) if basis else (0, 0)
     or_none = lambda t: x if t is None else t  # noqa: E731  # a pointer that is never read
     with torch.cuda.device_of(x):
-        _product[(triton.cdiv(T, tile.BT), triton.cdiv(outputs, tile.BO))](
-            out, x, values, or_none(d), or_none(b), or_none(index), table(levels, x),
-            T, outputs, inputs, 0 if d is None else len(d), per_row,
-            out.stride(0), x.stride(0), values.stride(0), or_none(d).stride(0), or_none(b).stride(0),
+        _product[(triton.cdiv(T, tile.BT), triton.cdiv(outputs, tile.BO), parts)](
+            sums, x, values, or_none(d), or_none(b), or_none(index), table(levels, x),
+            T, outputs, inputs, length, 0 if d is None else len(d), per_row,
+            sums.stride(-2), sums.stride(0) if parts > 1 else 0,
+            x.stride(0), values.stride(0), or_none(d).stride(0), or_none(b).stride(0),
             F.matrix if isinstance(F, Grown) else 0, basis.layer_id if basis else 0, k0, k1,
-            LENGTH=inputs if interpreted() else 0, SCALED=d is not None, INDEXED=index is not None,
-            SOURCE=kind, LEVELS=LEVELS[levels], **tile._asdict(),
+            LENGTH=length if interpreted() else 0, SCALED=d is not None, INDEXED=index is not None,
+            SOURCE=kind, LEVELS=LEVELS[levels], **shape,
         )  # fmt: skip
+        if parts > 1:
+            _total[(triton.cdiv(T * outputs, 256),)](out, sums, T * outputs, PARTS=parts, BLOCK=256, num_warps=2)
 
 
 def _shape(source: Source) -> tuple[int, int]:
