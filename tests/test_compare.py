@@ -44,6 +44,20 @@ def test_the_rate_is_chosen_on_held_out_rows_of_the_seeds_that_all_rates_share()
     assert line.held_out == pytest.approx({0: 50.0, 1: 60.0})
 
 
+def test_of_loss_the_lowest_is_chosen_and_lower_is_better():
+    runs = [
+        {**run("x", rate, seed, 0, 0), "metrics": {"eval_loss": loss + seed / 10, "test_loss": loss}}
+        for rate, loss in ((1e-3, 2.0), (1e-2, 1.0), (1.0, math.inf))
+        for seed in range(3)
+    ]
+    (line,) = chosen(runs, "loss")
+    assert line.value == 1e-2 and line.lower and line.scores == {0: 100.0, 1: 100.0, 2: 100.0}
+    assert not chosen([run("x", 0.1, 0, 0.5, 0.1)], "matthews")[0].lower
+    assert [verdict(ends, lower=True) for ends in ((-5, -2), (2, 5), (-5, 2), (-0.5, 0.9))] == [
+        "better", "worse", "undecided", "on par"
+    ]  # fmt: skip
+
+
 def test_an_interval_is_students():
     # n = 3, mean 2, standard deviation 1: ± 4.302653 / √3, from a printed t table (0.975, 2 degrees).
     low, high = interval([1.0, 2.0, 3.0])

@@ -48,6 +48,19 @@ def test_every_owner_gets_an_adapter_and_improves(settings):
             assert float(model(input_ids=ids, labels=ids).loss) == pytest.approx(result.owners["one"][key], rel=1e-4)
 
 
+@pytest.mark.parametrize("dtype", ["auto", "float16"])
+def test_a_float16_base_has_a_loss_scale_however_its_type_was_named(settings, tmp_path, monkeypatch, dtype):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    AutoModelForCausalLM.from_pretrained(settings.model).half().save_pretrained(tmp_path / "half")
+    AutoTokenizer.from_pretrained(settings.model).save_pretrained(tmp_path / "half")
+    made, build = [], run_module.FleetAdamW
+    monkeypatch.setattr(run_module, "FleetAdamW", lambda *args, **more: made.append(build(*args, **more)) or made[-1])
+    result = train_fleet(changed(settings, model=str(tmp_path / "half"), dtype=dtype, epochs=1))
+    assert [o.loss_scale for o in made] == [run_module.LOSS_SCALE]
+    assert all(owner["status"] == "trained" for owner in result.owners.values())
+
+
 @pytest.mark.parametrize("owner", ["ann", "bob"])
 def test_an_owner_is_what_it_would_be_alone(settings, tmp_path, owner):
     train_fleet(settings)

@@ -2,13 +2,14 @@
 
 import gzip
 import hashlib
+import itertools
 import lzma
 import sys
 
 import pytest
 
 from veralib.errors import DataError, MissingPackage
-from veralib.training.data import load_data
+from veralib.training.data import load_data, ordered
 from veralib.training.rows import read_rows
 from veralib.training.settings import Settings
 
@@ -132,6 +133,20 @@ def test_a_folder_gives_train_and_its_validation_split(tmp_path):
     assert set(data.hashes) == {"train/train.tsv", "validation/dev.tsv", "test/test.tsv"}
 
 
+@pytest.mark.parametrize("test", ["dev", "validation"])
+def test_what_the_test_takes_is_no_validation(tmp_path, test):
+    for name in ("train", test):
+        write(tmp_path / f"{name}.tsv", "text\tlabel\nx\t1\ny\t0\n")
+    data = load_data(settings(data=tmp_path, test=test))
+    assert data.validation is None and len(data.test) == 2
+    assert len(load_data(settings(data=tmp_path)).validation) == 2
+
+
+def test_labels_have_one_order_whatever_a_sets_is():
+    for labels in itertools.permutations(("01", "1", "2")):
+        assert ordered(dict.fromkeys(labels)) == ("01", "1", "2")
+
+
 def test_a_folder_without_the_split_lists_its_files(tmp_path):
     write(tmp_path / "training.csv", "a,b\n1,2\n")
     with pytest.raises(DataError, match=r"no file train.csv.*There: training.csv"):
@@ -175,6 +190,7 @@ def test_a_hub_data_set_has_class_names_and_its_validation_split(monkeypatch):
     assert asked == [("user/set", "sub")]
     assert data.labels == ("neg", "pos") and data.train[0] == {"text": "a", "label": "pos"}
     assert data.validation == [{"text": "c", "label": "pos"}] and set(data.hashes) == {"train/train", "validation/validation"}
+    assert load_data(settings(data="user/set", test="validation")).validation is None
     with pytest.raises(DataError, match='no split "trian"'):
         load_data(settings(data="user/set", split="trian"))
     with pytest.raises(DataError, match="row 1 of the test data has nothing"):  # -1: GLUE's hidden test labels

@@ -1,5 +1,7 @@
 """Scores equal scikit-learn's and scipy's."""
 
+import types
+
 import numpy as np
 import pytest
 import torch
@@ -20,6 +22,17 @@ def test_classification_scores_equal_sklearns(classes, seed):
     assert matthews(truth, guess) == pytest.approx(sklearn_metrics.matthews_corrcoef(truth, guess))
     average = "binary" if classes == 2 else "macro"
     assert f1(truth, guess) == pytest.approx(sklearn_metrics.f1_score(truth, guess, average=average))
+
+
+def test_f1_of_classes_that_are_not_seen():
+    zeros = np.zeros(4, int)
+    assert f1(zeros, zeros) == 0 == sklearn_metrics.f1_score(zeros, zeros, zero_division=0)
+    logits = np.eye(3)[[0, 1, 1, 0]]
+    for shift in (0, 1):  # the third class absent, or the first
+        truth, guess = np.array([0, 1, 0, 0]) + shift, np.array([0, 1, 1, 0]) + shift
+        right = sklearn_metrics.f1_score(truth, guess, average="macro")
+        found = metrics_of("classification")[0](types.SimpleNamespace(label_ids=truth, predictions=np.roll(logits, shift, 1)))
+        assert found["f1"] == pytest.approx(right) == pytest.approx(f1(truth, guess, 3))
 
 
 def test_constant_guesses_score_zero_instead_of_nan():

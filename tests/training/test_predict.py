@@ -66,6 +66,22 @@ def test_a_runs_folder_and_its_file_predict_as_transformers_does(bert, runs, giv
         assert label == expected and score == pytest.approx(probability, abs=2e-6)
 
 
+def test_a_llamas_score_of_a_row_is_the_same_alone_and_among_longer_rows(llama, rows, tmp_path):
+    """Its head reads the last token that isn't padding: the tokenizer has no padding of its own, the config another."""
+    import shutil
+
+    from transformers import AutoTokenizer
+
+    base = shutil.copytree(llama, tmp_path / "llama")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(base)
+    make_run(base, rows, tmp_path / "run", epochs=1)
+    texts = [{"text": "the cat"}, {"text": "the cat sees the big red dog and likes it"}]
+    alone, together = (pairs(predict(tmp_path / "run", texts, batch_size=size)) for size in (1, 2))
+    assert [score for _, score in together] == pytest.approx([score for _, score in alone], abs=2e-6)
+
+
 def test_each_row_may_use_its_own_adapter_within_one_batch(runs, tmp_path):
     names = ["one", "two/adapter_model.safetensors", "one", "", "two", "", "one"]
     file = write_jsonl(runs / "mixed.jsonl", [{**r, "who": n} for r, n in zip(ROWS, names, strict=True)])

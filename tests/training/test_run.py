@@ -115,6 +115,39 @@ def test_an_interrupted_run_ends_with_the_same_bits(settings, tmp_path, step):
     assert result.metrics == expected.metrics
 
 
+def first_step(settings, **fields):
+    """The loss and the gradient's norm that a run's first step logs; the rate moves nothing."""
+    fields |= {"lr": 1e-9, "lr_head": 1e-9, "epochs": 1, "evaluate_every": "never", "save_every": "never", "warmup": 0}
+    changed = settings.replace(**fields, training={"max_steps": 1, "logging_steps": 1, **fields.pop("training", {})})
+    found = next(h for h in train(changed).history if "loss" in h)
+    return found["loss"], found["grad_norm"]
+
+
+@pytest.mark.parametrize("task", ["classification", "regression"])
+@pytest.mark.parametrize("base", ["bert", "llama"])
+def test_accumulated_batches_have_the_loss_and_gradient_of_one(settings, request, tmp_path, task, base):
+    """Models with heads take the mean of the rows that they see, and Trainer must know it."""
+    sentences = [{"text": f"the {w} dog sees a cat", "label": i % 2} for i, w in enumerate(["big", "red", "small", "old"] * 4)]
+    fields = {"model": request.getfixturevalue(base), "data": write_jsonl(tmp_path / "r.jsonl", sentences), "task": task}
+    one = first_step(settings, **fields, batch_size=16, output=tmp_path / "one")
+    four = first_step(settings, **fields, batch_size=4, accumulation=4, output=tmp_path / "four")
+    assert four == pytest.approx(one, rel=0.5 if base == "bert" else 1e-3)  # BERT has dropout; undivided: four times as large
+
+
+@pytest.mark.parametrize("step", [17, 22, 28])
+def test_an_interrupted_adalora_goes_on_with_its_sensitivities_and_ranks(settings, tmp_path, step):
+    """30 steps: ranks are pruned from step 3 to step 21."""
+    pytest.importorskip("peft")
+    settings = settings.replace(method="adalora", rank=2, lr=1e-3, epochs=5, save_every=5)
+    whole = settings.replace(output=tmp_path / "whole")
+    expected = train(whole)
+    interrupted(settings, step)
+    result = train(settings)
+    assert (result.resumed, result.steps, result.metrics) == (1, 30, expected.metrics)
+    assert_same_bits(settings, whole)
+    assert result.adapter_parameters == expected.adapter_parameters
+
+
 @pytest.mark.parametrize(
     "fields",
     [
@@ -329,6 +362,8 @@ def test_two_processes_train_one_adapter_and_one_of_them_writes_it(settings):
     )
     result = load_result(settings.output)
     assert done.stdout.count("finished") == 2
+    # Means of what each process saw, averaged: a logged loss is one process's size, not two's.
+    assert next(h["loss"] for h in result.history if "loss" in h) < 1
     assert result.hardware["processes"] == 2 and result.steps == 12 and result.rows["train"] == 96
     assert result.metrics["eval_loss"] > 0 and not Path(settings.output, "checkpoints").exists()
     assert any(b.abs().max() > 0 for _, b in veralib.load_adapter(settings.output).vectors.values())

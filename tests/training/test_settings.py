@@ -40,6 +40,7 @@ def test_every_fault_is_listed_at_once():
         ({"training": {"bf61": True}}, 'no field of training: "bf61". Did you mean "bf16"?'),
         ({"training": {"learning_rate": 1}}, "training.learning_rate is set by lr"),
         ({"seed": -1}, "seed is -1"),
+        ({"task": "images", "augment": True, "training": {"dataloader_persistent_workers": True}}, "the first one's views"),
     ],
 )
 def test_a_wrong_setting_is_named(fields, said):

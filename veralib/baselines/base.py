@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from ..merge_report import MergeReport
 
 Notes = Mapping[str, str]
+MORE = "more."
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,11 @@ class Attached:
     after_step: Callable[[int], object] | None = None
     """Called with the steps taken after each one, while the gradients are there."""
 
+    more: Callable[[], Mapping[str, Tensor]] | None = None
+    """What training changes beside the trained tensors, by name: a run that goes on needs it."""
+    load_more: Callable[[Mapping[str, Tensor]], None] | None = None
+    """Writes more() back."""
+
     @property
     def trainable(self) -> tuple[nn.Parameter, ...]:
         """Every trained parameter, in a fixed order."""
@@ -71,13 +77,22 @@ class Attached:
         return [g for g in groups if g["params"]]
 
     def state(self) -> dict[str, Tensor]:
-        """The trained tensors by their place in `trainable`: a checkpoint's content, for every method alike."""
-        return {f"{i:05d}": p.detach() for i, p in enumerate(self.trainable)}
+        """The trained tensors by their place in `trainable`, and `more`'s: a checkpoint's content, for every method alike."""
+        more = {} if self.more is None else {MORE + k: v for k, v in self.more().items()}
+        return {f"{i:05d}": p.detach() for i, p in enumerate(self.trainable)} | more
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Writes state() back."""
         for i, p in enumerate(self.trainable):
             p.data.copy_(state[f"{i:05d}"])
+        if self.load_more is not None:
+            self.load_more({k.removeprefix(MORE): v for k, v in state.items() if k.startswith(MORE)})
+
+
+def batch_norms(model: nn.Module) -> list[nn.Module]:
+    """The modules whose running statistics move whenever the model trains. An adapter has no room for them, so a frozen base's
+    must stay as they are, or the model that was measured isn't the one that was saved."""
+    return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
 
 
 def freeze(model: nn.Module, but: tuple[str, ...] = ()) -> tuple[nn.Parameter, ...]:

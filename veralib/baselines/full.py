@@ -1,11 +1,12 @@
 """Full fine-tuning: every weight trains and every weight is saved."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from .base import Attached, Notes
+from .base import Attached, Notes, batch_norms
 
 if TYPE_CHECKING:
     from ..training.settings import Settings
@@ -33,4 +34,14 @@ def attach_full(model: Any, settings: "Settings", head: tuple[str, ...]) -> Atta
         for file in sorted(folder.glob("model*.safetensors")):
             model.load_state_dict(load_file(file), strict=False)
 
-    return Attached(model, tuple(adapter), tuple(rest), save, load, merge=lambda: None)
+    def statistics() -> dict[str, Tensor]:
+        names = {m: n for n, m in model.named_modules()}
+        return {f"{names[m]}.{k}": v for m in batch_norms(model) for k, v in m.named_buffers(recurse=False)}
+
+    def load_statistics(state: Mapping[str, Tensor]) -> None:
+        for name, buffer in statistics().items():
+            buffer.copy_(state[name])
+
+    return Attached(
+        model, tuple(adapter), tuple(rest), save, load, merge=lambda: None, more=statistics, load_more=load_statistics
+    )

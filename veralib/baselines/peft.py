@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from ..training.settings import Settings
 
 PREFIX = "peft:"
+SENSITIVITIES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
+"""What AdaLoRA's rank allocator in PEFT learns from step to step."""
 RANK_FIELDS = ("r", "rank", "init_r", "d", "u")
 """What PEFT's configs call the rank, or the size that grows with it."""
 
@@ -64,8 +66,27 @@ def attach_adalora(model: nn.Module, settings: "Settings", head: tuple[str, ...]
             )
         )
 
+    def more() -> dict[str, Tensor]:
+        """The sensitivities that ranks are chosen by, and which were kept."""
+        allocator, kept = wrapped.base_model.rankallocator, wrapped.peft_config["default"].rank_pattern or {}
+        parts = [(f"{kind}.{n}", t) for kind in SENSITIVITIES for n, t in getattr(allocator, kind).items()]
+        return dict(parts) | {f"rank_pattern.{n}": torch.tensor(which) for n, which in kept.items()}
+
+    def load_more(state: Mapping[str, Tensor]) -> None:
+        found: dict[str, dict[str, Tensor]] = {kind: {} for kind in (*SENSITIVITIES, "rank_pattern")}
+        for name, tensor in state.items():
+            kind, _, parameter = name.partition(".")
+            found[kind][parameter] = tensor
+        kept = {n: t.tolist() for n, t in found["rank_pattern"].items()}
+        wrapped.peft_config["default"].rank_pattern = kept or None
+        for kind in SENSITIVITIES:
+            places = {n: p.device for n, p in wrapped.base_model.model.named_parameters() if n in found[kind]}
+            setattr(wrapped.base_model.rankallocator, kind, {n: found[kind][n].to(device) for n, device in places.items()})
+
     after = wrapped.base_model.update_and_allocate
-    return dataclasses.replace(made, begin=begin, after_step=after, penalty=penalty, counted=counted)
+    return dataclasses.replace(
+        made, begin=begin, after_step=after, penalty=penalty, counted=counted, more=more, load_more=load_more
+    )
 
 
 def attach_any(kind: str) -> Callable[[nn.Module, "Settings", tuple[str, ...]], Attached]:

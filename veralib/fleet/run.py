@@ -162,7 +162,7 @@ def _plan(settings: FleetSettings) -> Plan:
 
 def _optimizer(settings: FleetSettings, fleet: Any, lr: float) -> FleetAdamW:
     fields = {name: getattr(settings, name) for name in ("weight_decay", "max_norm", "schedule", "warmup")}
-    scale = LOSS_SCALE if settings.dtype == "float16" else None
+    scale = LOSS_SCALE if fleet.vera.model.dtype == torch.float16 else None
     return FleetAdamW(fleet, lr, lr_head=settings.lr_head or lr / 10, loss_scale=scale, **fields)
 
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..training.metrics import LOWER_IS_BETTER
+
 MARGIN = 1.0
 """Points on the 0 to 100 scale within which two methods count as on par: our choice, the same on every page."""
 
@@ -27,11 +29,17 @@ class Line:
     held_out: dict[int, float]
     scores: dict[int, float]
     seconds_per_step: float
+    lower: bool = False
+    """Whether less is better."""
 
 
 def chosen(results: Sequence[dict[str, Any]], metric: str) -> list[Line]:
     """A line for each method of one task: of its rates, the one with the best mean held-out score over the seeds that all its
-    rates have run; where they share none, over all. A score that isn't finite is the worst. The scores are the chosen rate's."""
+    rates have run; where they share none, over all. A score that isn't finite is the worst. The scores are the chosen rate's.
+
+    Of loss, perplexity and mse the lowest is the best.
+    """
+    lower = metric in LOWER_IS_BETTER
     by: dict[str, dict[float, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for r in results:
         by[r["name"]][r["value"]].append(r)
@@ -41,7 +49,7 @@ def chosen(results: Sequence[dict[str, Any]], metric: str) -> list[Line]:
 
         def held_out(value: float, rates: Any = rates, shared: set[int] = shared) -> float:
             scores = [r["metrics"][f"eval_{metric}"] for r in rates[value] if not shared or r["seed"] in shared]
-            middle = statistics.mean(scores)
+            middle = statistics.mean(scores) * (-1 if lower else 1)
             return middle if math.isfinite(middle) else -math.inf
 
         value = max(rates, key=held_out)
@@ -53,6 +61,7 @@ def chosen(results: Sequence[dict[str, Any]], metric: str) -> list[Line]:
                 held_out={r["seed"]: 100 * r["metrics"][f"eval_{metric}"] for r in runs},
                 scores={r["seed"]: 100 * r["metrics"][f"test_{metric}"] for r in runs},
                 seconds_per_step=statistics.median(r["seconds_per_step"] for r in runs),
+                lower=lower,
             )
         )
     return lines
@@ -77,11 +86,14 @@ def paired(one: Line, other: Line) -> tuple[float, tuple[float, float] | None, i
     return (statistics.mean(differences) if differences else float("nan")), interval(differences), len(seeds)
 
 
-def verdict(low_high: tuple[float, float] | None, margin: float = MARGIN) -> str:
-    """What an interval of a difference says: better, worse, on par (all of it within the margin), or undecided."""
+def verdict(low_high: tuple[float, float] | None, margin: float = MARGIN, lower: bool = False) -> str:
+    """What an interval of a difference says: better, worse, on par (all of it within the margin), or undecided.
+
+    lower: whether less is better.
+    """
     if low_high is None:
         return "fewer than three seeds say nothing"
-    low, high = low_high
+    low, high = (-low_high[1], -low_high[0]) if lower else low_high
     if -margin <= low and high <= margin:
         return "on par"
     if low > 0:

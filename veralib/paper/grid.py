@@ -100,7 +100,8 @@ def _line(line: Line, average: str) -> tuple[str, ...]:
 
 def _difference(line: Line, reference: Line) -> tuple[str, ...]:
     middle, ends, _ = paired(line, reference)
-    return line.name, f"{middle:+.1f}", "–" if ends is None else f"{ends[0]:+.1f} to {ends[1]:+.1f}", verdict(ends)
+    shown = "–" if ends is None else f"{ends[0]:+.1f} to {ends[1]:+.1f}"
+    return line.name, f"{middle:+.1f}", shown, verdict(ends, lower=line.lower)
 
 
 def _machine(results: list[dict[str, Any]]) -> list[str]:

@@ -132,7 +132,7 @@ def _local_splits(settings: Settings):
                 raise DataError(f"{folder} has no file {settings.split}.csv, .tsv, .jsonl or .txt. There: {there}.")
             return read([file])
         if wanted is None:
-            names = VALIDATION_NAMES if role == "validation" and folder else ()
+            names = [n for n in VALIDATION_NAMES if n != settings.test] if role == "validation" and folder else []
             file = next((f for name in names if (f := split_file(name))), None)
             return read([file]) if file else None
         if Path(wanted).is_file():
@@ -166,7 +166,8 @@ def _hub_splits(settings: Settings):
 
     def find(role: str, wanted: str | None = None):
         if role != "train" and wanted is None:
-            wanted = next((n for n in VALIDATION_NAMES if n in whole), None) if role == "validation" else None
+            names = [n for n in VALIDATION_NAMES if n in whole and n != settings.test]  # what the test takes is no validation
+            wanted = names[0] if names and role == "validation" else None
             return rows_of(wanted) if wanted else None
         split = settings.split if role == "train" else str(wanted)
         if role != "train" and Path(split).is_file():
@@ -258,5 +259,5 @@ def label_ids(values: Sequence[Any], labels: Sequence[str], where: str) -> list[
 def ordered(labels: set[str]) -> tuple[str, ...]:
     """Sorted, as numbers where all of them are whole numbers: "10" comes after "9"."""
     if all(label.lstrip("-").isdecimal() for label in labels):
-        return tuple(sorted(labels, key=int))
+        return tuple(sorted(labels, key=lambda label: (int(label), label)))
     return tuple(sorted(labels))

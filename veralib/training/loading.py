@@ -66,7 +66,8 @@ def load_base(settings: Settings, labels: Sequence[str] = ()) -> Base:
     keep_unpacked(model)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-    if model.config.pad_token_id is None:
+    # A classifier reads the last token that isn't padding: it must know the padding by the tokenizer's id, whatever its own was.
+    if classifies or model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     positions = getattr(model.config, "max_position_embeddings", None) or settings.max_length
     longest = min(settings.max_length, tokenizer.model_max_length, positions)

@@ -19,9 +19,9 @@ METRICS = {
 LOWER_IS_BETTER = ("loss", "perplexity", "mse")
 
 
-def confusion(truth: np.ndarray, guess: np.ndarray) -> np.ndarray:
-    """Counts (classes, classes): row the truth, column the guess."""
-    classes = int(max(truth.max(initial=0), guess.max(initial=0))) + 1
+def confusion(truth: np.ndarray, guess: np.ndarray, classes: int = 0) -> np.ndarray:
+    """Counts (classes, classes): row the truth, column the guess. classes: how many there are, if more than are seen here."""
+    classes = max(classes, int(max(truth.max(initial=0), guess.max(initial=0))) + 1)
     counts = np.zeros((classes, classes))
     np.add.at(counts, (truth, guess), 1)
     return counts
@@ -40,12 +40,13 @@ def matthews(truth: np.ndarray, guess: np.ndarray) -> float:
     return float((np.trace(c) * n - t @ p) / scale) if scale else 0.0
 
 
-def f1(truth: np.ndarray, guess: np.ndarray) -> float:
-    """F1 of class 1 where there are two classes (MRPC's), the mean over classes where there are more."""
-    c = confusion(truth, guess)
+def f1(truth: np.ndarray, guess: np.ndarray, classes: int = 2) -> float:
+    """F1 of class 1 where there are two classes (MRPC's), 0 if it is neither there nor guessed; of more classes the mean over
+    those that are."""
+    c = confusion(truth, guess, classes)
     both = c.sum(0) + c.sum(1)
     each = np.divide(2 * np.diag(c), both, out=np.zeros(len(c)), where=both > 0)
-    return float(each[1] if len(c) == 2 else each.mean())
+    return float(each[1] if len(c) == 2 else each[both > 0].mean())
 
 
 def pearson(truth: np.ndarray, guess: np.ndarray) -> float:
@@ -89,8 +90,11 @@ def metrics_of(task: str) -> tuple[Callable[[Any], dict[str, float]], Callable[[
 
 
 def _classification(p: Any) -> dict[str, float]:
-    truth, guess = np.asarray(p.label_ids), np.asarray(p.predictions).argmax(-1)
-    return {"accuracy": accuracy(truth, guess), "matthews": matthews(truth, guess), "f1": f1(truth, guess)}
+    truth, logits = np.asarray(p.label_ids), np.asarray(p.predictions)
+    guess = logits.argmax(-1)
+    return {
+        "accuracy": accuracy(truth, guess), "matthews": matthews(truth, guess), "f1": f1(truth, guess, logits.shape[-1])
+    }  # fmt: skip
 
 
 def _regression(p: Any) -> dict[str, float]:

@@ -281,6 +281,8 @@ def _faults(s: Settings) -> Iterator[str]:
         yield f"shots is {s.shots}, rows of each class, and task {s.task} has no classes; leave it out"
     if s.augment and s.task != "images":
         yield f"augment crops and flips images, and task {s.task} has none; leave it out"
+    if s.augment and s.training.get("dataloader_persistent_workers"):
+        yield "with dataloader_persistent_workers every epoch would have the first one's views; leave it out, or augment"
     if s.group_by_length and s.task == "images":
         yield "group_by_length is for texts: images of one model all have one size; leave it out"
     for name in ("lr", "lr_head", "epochs", "warmup", "weight_decay"):

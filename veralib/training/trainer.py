@@ -18,11 +18,11 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainerState
 
-from ..baselines.base import Attached
+from ..baselines.base import Attached, batch_norms
 from .folder import write_json
 from .metrics import LOWER_IS_BETTER
 from .pixels import Pixels
-from .settings import Settings
+from .settings import WITH_HEAD, Settings
 
 SEAL = "sealed.json"
 TENSORS = "trained.safetensors"
@@ -37,6 +37,11 @@ class AdapterTrainer(Trainer):
         self.folder = Path(kwargs["args"].output_dir)
         self.elapsed, self.paused, self.started = elapsed, 0.0, time.perf_counter()
         super().__init__(model=attached.model, **kwargs)
+        if settings.task in WITH_HEAD:
+            # Of a forward with **kwargs Trainer believes that it divides by the whole step's items. Models with heads give the
+            # mean of what they see: undivided, N micro-batches or processes make the gradient N times as large.
+            self.model_accepts_loss_kwargs = False
+        self.held = [] if settings.method == "full" else batch_norms(attached.model)
         self.add_callback(_Order(self))
         self.add_callback(_Method(attached))
         # Trainer's own "epoch" evaluates after the last step's checkpoint is written: a run that goes on from there would
@@ -66,6 +71,8 @@ class AdapterTrainer(Trainer):
         return self.optimizer
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        for norm in self.held:  # after Trainer's model.train()
+            norm.eval()
         smoothed = self.label_smoother is not None and "labels" in inputs
         found: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not smoothed or self.attached.penalty is None or not model.training:

@@ -1,6 +1,7 @@
 """Images: every method learns from a few of each class, a run repeats to the bit, and a merged model predicts without veralib."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from veralib.errors import DataError
 from veralib.training import train
 from veralib.training.loading import load_base
 from veralib.training.pixels import generator_of
+from veralib.training.predict import predict
 
 pytest.importorskip("PIL")
 
@@ -67,6 +69,25 @@ def test_an_augmented_run_repeats_and_resumes_to_the_bit(settings, tmp_path, mon
     with pytest.raises(AssertionError):
         assert_same_bits(whole, plain)
     assert other.data == expected.data
+
+
+@pytest.mark.parametrize("method", ["head", "full", "bitfit"])
+def test_statistics_of_batch_norms_are_part_of_what_is_saved_or_stay(settings, photos, tmp_path, method):
+    """Trainer's model.train() moves them in a frozen base too, where no adapter has room for them."""
+    from transformers import ResNetConfig, ResNetModel, ViTImageProcessorPil
+
+    torch.manual_seed(0)
+    shape = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
+    ResNetModel(ResNetConfig(**shape)).save_pretrained(tmp_path / "resnet")
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "resnet")
+    settings = settings.replace(model=tmp_path / "resnet", method=method, lr=3e-3, save_every=2)
+    whole = settings.replace(output=tmp_path / "whole")
+    expected = train(whole)
+    guesses = [found["prediction"] == Path(found["image"]).parent.name for found in predict(whole.output, photos / "test")]
+    assert np.mean(guesses) == pytest.approx(expected.metrics["test_accuracy"])
+    interrupted(settings, 9)
+    assert train(settings).metrics == expected.metrics
+    assert_same_bits(settings, whole)
 
 
 def test_best_keeps_the_best_evaluation(settings):
