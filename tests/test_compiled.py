@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.conftest import randomise, tiny_llama, tokens
@@ -66,3 +67,28 @@ def test_compiled_training_inside_rows_and_using_is_what_it_is_without_compiling
         assert (eager is None) == (compiled is None)
         if eager is not None:
             torch.testing.assert_close(compiled, eager)
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(4))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + torch.tanh(layer(x))
+        return x
+
+
+def test_layers_whose_inputs_share_a_buffer_share_no_product_with_A():
+    model = Residual()
+    vera = attach(model, VeraConfig(rank=4, targets="all-linear"), name="a")
+    randomise(vera, "a")
+    compiled, x = torch.compile(model, backend="inductor"), torch.randn(2, 5, 16)
+    with torch.no_grad():
+        plain = vera.reference()(x)
+        with vera.rows(["a", "a"]):
+            expected = model(x)
+            torch.testing.assert_close(compiled(x), expected)
+    assert (expected - plain).abs().max() > 0.1

@@ -68,7 +68,12 @@ def adapt_(h: Tensor, x: Tensor, site: int) -> None:
         place.check_rows(x, selection)
         out = h.view(selection.size, -1, place.m)
         for bucket in selection.buckets(place.layer):
-            place.add_bucket(out, x, bucket, grad=False)
+            # Inductor writes another layer's input into the same tensor, and its version stays: no A x may outlive a bucket.
+            place.runtime.clear_memo()
+            try:
+                place.add_bucket(out, x, bucket, grad=False)
+            finally:
+                place.runtime.clear_memo()
         return
     member = selection.member
     flat, out = x.reshape(-1, place.n), h.view(-1, place.m)
