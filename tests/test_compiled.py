@@ -7,7 +7,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.conftest import randomise, tiny_llama, tokens
 from tests.reference import logits, three_adapters
-from veralib import VeraConfig, attach
+from veralib import StateError, VeraConfig, attach
 
 
 @pytest.fixture(autouse=True)
@@ -92,3 +92,30 @@ def test_layers_whose_inputs_share_a_buffer_share_no_product_with_A():
             expected = model(x)
             torch.testing.assert_close(compiled(x), expected)
     assert (expected - plain).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("then", ["b", None])
+def test_a_switch_between_a_compiled_forward_and_its_backward_changes_no_gradient(then):
+    x, gradients = torch.randn(8, 16), []
+    for compile_it in (False, True):
+        model = Residual()
+        vera = attach(model, VeraConfig(rank=4, targets="all-linear"), name="a")
+        vera.add(VeraConfig(rank=4, targets="all-linear", seed=7), name="b")
+        for name in "ab":
+            randomise(vera, name)
+        run = torch.compile(model, backend="aot_eager") if compile_it else model
+        vera.use("a")
+        loss = run(x).square().sum()
+        vera.use(then)
+        loss.backward()
+        gradients.append(torch.cat([p.grad for p in vera.parameter_groups(name="a")[0]["params"]]))
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
+def test_an_adapter_removed_between_a_compiled_forward_and_its_backward_is_named():
+    model = Residual()
+    vera = attach(model, VeraConfig(rank=4, targets="all-linear"), name="a")
+    loss = torch.compile(model, backend="aot_eager")(torch.randn(8, 16)).sum()
+    vera.remove("a")
+    with pytest.raises(StateError, match="remove it after"):
+        loss.backward()

@@ -16,6 +16,7 @@ from .autograd import _add_product, _factored_backward, add_delta
 from .errors import StateError
 
 if TYPE_CHECKING:
+    from .bank import Layout
     from .layers import Site
 
 _TRAINS_USED = (
@@ -52,7 +53,15 @@ def forward(site: "Site", h: Tensor, x: Tensor, training: bool) -> Tensor:
     if site.layer not in member.layout.by_layer:
         return h
     vectors = member.tensors(member.layout.by_layer[site.layer])
-    return h + torch.ops.veralib.trained_delta(low, vectors, site.number, h.shape[-1])[0]
+    return h + torch.ops.veralib.trained_delta(low, vectors, site.number, member.number, h.shape[-1])[0]
+
+
+def _layout(place: "Site", number: int) -> "Layout":
+    """The layout of the adapter that a graph was traced with: use() may have chosen another before its backward."""
+    member = next((m for m in place.runtime.members.values() if m.number == number), None)
+    if member is None:
+        raise StateError("the adapter of a compiled forward was removed before its backward: remove it after that.")
+    return member.layout
 
 
 @torch.library.custom_op("veralib::adapt_", mutates_args={"h"})
@@ -88,13 +97,10 @@ def _(h: Tensor, x: Tensor, site: int) -> None:
 
 
 @torch.library.custom_op("veralib::trained_delta", mutates_args=())
-def trained_delta(x: Tensor, vectors: list[Tensor], site: int, m: int) -> list[Tensor]:
-    """[ΔW x, then each distinct u = A x] of the active adapter."""
+def trained_delta(x: Tensor, vectors: list[Tensor], site: int, member: int, m: int) -> list[Tensor]:
+    """[ΔW x, then each distinct u = A x] of the adapter with the number `member`."""
     place = _sites[site]
-    selection = place.runtime.current()
-    if selection.kind != "one":
-        raise StateError(_TRAINS_USED)
-    layout = selection.member.layout  # type: ignore[union-attr]
+    layout = _layout(place, member)
     which, firsts = layout.one_basis[place.layer]
     flat = x.reshape(-1, place.n)
     us = [F.linear(flat, u.A(flat)) for u in firsts]
@@ -105,20 +111,19 @@ def trained_delta(x: Tensor, vectors: list[Tensor], site: int, m: int) -> list[T
 
 
 @trained_delta.register_fake
-def _(x: Tensor, vectors: list[Tensor], site: int, m: int) -> list[Tensor]:
+def _(x: Tensor, vectors: list[Tensor], site: int, member: int, m: int) -> list[Tensor]:
     place = _sites[site]
-    member = place.runtime.active.member
     rows = x.numel() // place.n
-    firsts = member.layout.one_basis[place.layer][1]  # type: ignore[union-attr]
+    firsts = _layout(place, member).one_basis[place.layer][1]
     return [x.new_empty(*x.shape[:-1], m), *(x.new_empty(rows, u.r) for u in firsts)]
 
 
 @torch.library.custom_op("veralib::trained_delta_backward", mutates_args=())
-def trained_delta_backward(g: Tensor, us: list[Tensor], vectors: list[Tensor], site: int) -> list[Tensor]:
+def trained_delta_backward(g: Tensor, us: list[Tensor], vectors: list[Tensor], site: int, member: int) -> list[Tensor]:
     """[∂x, then ∂d and ∂b of each unit]."""
     place = _sites[site]
-    member = place.runtime.active.member
-    units, (which, firsts) = member.layout.by_layer[place.layer], member.layout.one_basis[place.layer]  # type: ignore[union-attr]
+    layout = _layout(place, member)
+    units, (which, firsts) = layout.by_layer[place.layer], layout.one_basis[place.layer]
     flat = g.reshape(-1, g.shape[-1])
     grads = _factored_backward(units, which, [*us, *vectors], len(us), flat, True, [True] * len(vectors))
     gx = flat.new_zeros(flat.shape[0], place.n)
@@ -128,20 +133,20 @@ def trained_delta_backward(g: Tensor, us: list[Tensor], vectors: list[Tensor], s
 
 
 @trained_delta_backward.register_fake
-def _(g: Tensor, us: list[Tensor], vectors: list[Tensor], site: int) -> list[Tensor]:
+def _(g: Tensor, us: list[Tensor], vectors: list[Tensor], site: int, member: int) -> list[Tensor]:
     return [g.new_empty(*g.shape[:-1], _sites[site].n), *(torch.empty_like(v) for v in vectors)]
 
 
 def _setup(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
-    _, vectors, ctx.site, _ = inputs
+    _, vectors, ctx.site, ctx.member, _ = inputs
     ctx.n_us = len(output) - 1
     ctx.save_for_backward(*output[1:], *vectors)
 
 
 def _backward(ctx: Any, grads: list[Tensor]) -> tuple:
     us, vectors = list(ctx.saved_tensors[: ctx.n_us]), list(ctx.saved_tensors[ctx.n_us :])
-    gx, *rest = torch.ops.veralib.trained_delta_backward(grads[0], us, vectors, ctx.site)
-    return gx, rest, None, None
+    gx, *rest = torch.ops.veralib.trained_delta_backward(grads[0], us, vectors, ctx.site, ctx.member)
+    return gx, rest, None, None, None
 
 
 torch.library.register_autograd("veralib::trained_delta", _backward, setup_context=_setup)

@@ -32,7 +32,7 @@ class Residence:
     def __init__(self, model: nn.Module, runtime: Runtime) -> None:
         self.model = model
         self.runtime = runtime
-        self.members: dict[str, Member] = {}
+        self.members = runtime.members
         self.sites: dict[str, nn.Module] = {}
         self.heads: dict[str, nn.Module] = {}
         self.banks: dict[Layout, Bank] = {}

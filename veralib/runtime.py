@@ -19,9 +19,10 @@ from .selection import BASE, Bucket, Selection, stacked_vectors
 
 
 class Runtime:
-    """What all layers of one model ask: the selection in force, and the last A x of this thread."""
+    """What all layers of one model ask: its adapters, the selection in force, and the last A x of this thread."""
 
     def __init__(self) -> None:
+        self.members: dict[str, Member] = {}
         self.active = BASE
         self.merged: str | None = None
         self.plan: Plan | None = None
@@ -36,7 +37,7 @@ class Runtime:
         """How many rows(), tokens() and using() haven't ended, over all threads."""
 
     def __getstate__(self) -> dict:
-        return {"active": self.active, "merged": self.merged, "plan": self.plan}
+        return {"members": self.members, "active": self.active, "merged": self.merged, "plan": self.plan}
 
     def __setstate__(self, state: dict) -> None:
         self.__init__()  # type: ignore[misc]
