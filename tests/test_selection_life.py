@@ -1,12 +1,14 @@
 """What is kept between forwards (selections, vectors, A x, records) is never another call's."""
 
+import threading
+
 import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from tests.conftest import randomise, tiny_llama, tokens
-from veralib import VeraConfig, attach
+from veralib import StateError, UnknownName, VeraConfig, attach
 
 
 def two(model=None, targets="all-linear"):
@@ -102,3 +104,58 @@ def test_banks_of_adapters_that_left_are_freed():
         vera.load(other, name="x")
         vera.remove("x")
     assert len(vera.inside.banks) <= 4 and len(vera.inside.layouts) <= 8
+
+
+@pytest.mark.parametrize("kind", ["rows", "tokens", "using"])
+def test_rows_made_before_a_removal_arent_served_with_who_took_the_place(kind):
+    vera, files = two(), two()
+    for name in "ab":
+        vera.remove(name)
+    vera.load(files.adapter("a"), name="ann")
+    made = vera.using("ann") if kind == "using" else getattr(vera, kind)(["ann"] * 7)
+    selection = vera._one(vera.member("ann"))
+    vera.remove("ann")
+    vera.load(files.adapter("b"), name="bob")
+    with pytest.raises((StateError, UnknownName), match="ann"), made:
+        vera.model(input_ids=tokens(7))
+    with pytest.raises(StateError, match="was removed"), vera.runtime.override(selection):
+        pass
+    assert vera.runtime.overrides == 0
+    vera.load(files.adapter("a"), name="ann")
+    with pytest.raises(StateError, match="was removed"), vera.runtime.override(selection):
+        pass
+
+
+def test_a_removal_waits_while_a_selection_is_made(monkeypatch):
+    """Else the selection of an adapter that went meanwhile would be kept under its name, for whoever has that name next."""
+    vera, files, ids = two(), two(), tokens(1)
+    for name in "ab":
+        vera.remove(name)
+    vera.load(files.adapter("a"), name="ann")
+    find = vera.member
+
+    def exchange():
+        vera.remove("ann")
+        vera.load(files.adapter("b"), name="bob")
+        vera.load(files.adapter("a"), name="ann")
+
+    other = threading.Thread(target=exchange)
+
+    def slow(name):
+        found = find(name)
+        if threading.current_thread() is not other and not other.ident:
+            other.start()
+            other.join(0.3)
+        return found
+
+    monkeypatch.setattr(vera, "member", slow)
+    made = vera.rows(["ann"])
+    other.join()
+    monkeypatch.undo()
+    with pytest.raises(StateError, match="was removed"), made:
+        pass
+    with torch.no_grad():
+        with vera.rows(["ann"]):
+            rows = vera.model(input_ids=ids).logits
+        with vera.using("ann"):
+            torch.testing.assert_close(vera.model(input_ids=ids).logits, rows, rtol=1e-4, atol=1e-5)

@@ -180,18 +180,18 @@ class Vera:
 
     def remove(self, name: str) -> None:
         """Takes one adapter out of memory; if it was active, the base model is."""
-        self.member(name)
-        if self.merged == name:
-            raise StateError(f'adapter "{name}" is merged into the base weights: call unmerge() first.')
-        if self.runtime.in_use(self.member(name)):
-            raise StateError(
-                f'adapter "{name}" is in use by a rows(), tokens() or using() that hasn\'t ended: remove it after that.'
-            )
-        if self.members[name].trainable:
-            sharded.refuse(self.model, f'remove the trainable adapter "{name}"', "use(None) leaves it out.")
-        if self.active == name:
-            self.runtime.active = BASE
         with self.runtime.lock:
+            member = self.member(name)
+            if self.merged == member.name:
+                raise StateError(f'adapter "{name}" is merged into the base weights: call unmerge() first.')
+            if self.runtime.in_use(member):
+                raise StateError(
+                    f'adapter "{name}" is in use by a rows(), tokens() or using() that hasn\'t ended: remove it after that.'
+                )
+            if member.trainable:
+                sharded.refuse(self.model, f'remove the trainable adapter "{name}"', "use(None) leaves it out.")
+            if self.active == name:
+                self.runtime.active = BASE
             self.inside.remove(name)
             self._selections.clear()
 
@@ -217,7 +217,8 @@ class Vera:
     def use(self, name: str | None) -> None:
         """One adapter for all rows from now on; None is exactly the base model."""
         self._unmerged("switch adapters")
-        self.runtime.active = BASE if name is None else self._one(self.member(name))
+        with self.runtime.lock:
+            self.runtime.active = BASE if name is None else self._one(self.member(name))
 
     def _one(self, member: Member) -> Selection:
         return Selection("one", member, device=self.inside.device)
@@ -245,14 +246,15 @@ class Vera:
     def _mixed(self, kind: Any, names: Sequence[str | None]) -> contextlib.AbstractContextManager:
         self._unmerged(f"use {kind}()")
         names = row_names(kind, names)
-        key = (kind, names, self.inside.device)
-        selection = self._selections.get(key)
-        if selection is None:
-            members = tuple(None if n is None else self.member(n) for n in names)
-            selection = Selection(kind, names=names, members=members, device=self.inside.device)
-            self._selections[key] = selection
-            if len(self._selections) > 32:
-                self._selections.popitem(last=False)
+        with self.runtime.lock:  # a name may go to another adapter between the look-up and the entry
+            key = (kind, names, self.inside.device)
+            selection = self._selections.get(key)
+            if selection is None:
+                members = tuple(None if n is None else self.member(n) for n in names)
+                selection = Selection(kind, names=names, members=members, device=self.inside.device)
+                self._selections[key] = selection
+                if len(self._selections) > 32:
+                    self._selections.popitem(last=False)
         return self.runtime.override(selection)
 
     def reference(self) -> nn.Module:

@@ -87,10 +87,16 @@ class Runtime:
 
     @contextmanager
     def override(self, selection: Selection):
-        """The selection of this thread inside the `with`."""
+        """The selection of this thread inside the `with`. StateError where one of its adapters has been removed."""
         stack = self._stack()
         depth = len(stack)
         with self.lock:
+            for member in selection.distinct:
+                if self.members.get(member.name) is not member:
+                    raise StateError(
+                        f'adapter "{member.name}" was removed after this rows(), tokens() or using() was made: load() it and '
+                        "make a new one."
+                    )
             self._in_force.append(selection)
             self.overrides = len(self._in_force)
         stack.append(selection)
