@@ -333,6 +333,27 @@ def test_pefts_pair_is_pefts_bit_for_bit(seed, rank):
     assert (A.shape, B.shape) == ((rank, 20), (30, rank))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_pefts_pair_depends_on_no_default_of_torch(dtype):
+    basis = Basis("peft", 7, rank=6, max_in=20, max_out=30)
+    usual, digest = (basis.A(6, 20).clone(), basis.B(30, 6).clone()), basis.fingerprint()
+    clear_cache()
+    module._fingerprint.cache_clear()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    torch.set_default_device("meta")
+    try:
+        under = basis.A(6, 20), basis.B(30, 6)
+        assert basis.fingerprint() == digest
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(before)
+    later = basis.A(6, 20), basis.B(30, 6)
+    for pair in (under, later):
+        assert all(torch.equal(one, other) for one, other in zip(pair, usual, strict=True))
+    clear_cache()
+
+
 def test_pefts_pair_is_bound_to_its_size():
     basis = Basis("peft", 7, rank=6, max_in=20, max_out=30)
     assert torch.equal(basis.A(6, 12), basis.A(6, 20)[:, :12]) and torch.equal(basis.B(8, 6), basis.B(30, 6)[:8])

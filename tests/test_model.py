@@ -88,6 +88,25 @@ def test_vectors_stay_float32_when_the_model_is_cast(dtype):
     assert vera.names == ("default",)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_vectors_are_float32_whatever_torchs_default_dtype(dtype):
+    model = tiny_llama()
+    vera = attach(model, QV)
+    randomise(vera, "default")
+    adapter = vera.adapter()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        vera.add(QV, "more")
+        vera.load(adapter, "resident")
+    finally:
+        torch.set_default_dtype(before)
+    for name in ("more", "resident"):
+        assert {t.dtype for pair in vera.adapter(name).vectors.values() for t in pair} == {torch.float32}
+    for unit, pair in vera.adapter("resident").vectors.items():
+        assert all(torch.equal(one, other) for one, other in zip(pair, adapter.vectors[unit], strict=True))
+
+
 def test_bf16_gradient_with_fp32_weights_under_autocast():
     def gradients(autocast, inside):
         model = tiny_llama()

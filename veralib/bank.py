@@ -83,7 +83,7 @@ class Bank:
         """Stores one flat row (layout.size,), returns its slot."""
         if not self.free:
             first = len(self.chunks) * self.chunk_rows
-            self.chunks.append(torch.empty(self.chunk_rows, self.layout.size, device=self.device))
+            self.chunks.append(torch.empty(self.chunk_rows, self.layout.size, dtype=torch.float32, device=self.device))
             self.free = list(range(first + self.chunk_rows - 1, first - 1, -1))
         slot = self.free.pop()
         self.row(slot).copy_(row)
@@ -121,7 +121,7 @@ class Bank:
         if len(found.chunks) == 1:
             k, _, rows = found.chunks[0]
             return self.chunks[k][:, start:end].index_select(0, rows)
-        out = torch.empty(found.count, end - start, device=self.device)
+        out = torch.empty(found.count, end - start, dtype=self.chunks[0].dtype, device=self.device)
         for k, places, rows in found.chunks:
             out.index_copy_(0, places, self.chunks[k][:, start:end].index_select(0, rows))
         return out

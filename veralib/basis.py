@@ -246,7 +246,8 @@ def peft_pair(basis: Basis) -> tuple[Tensor, Tensor]:
 
     def draw(rows: int, columns: int) -> Tensor:
         bound = math.sqrt(3.0) * (math.sqrt(2) / math.sqrt(columns))  # PEFT's own order of operations
-        return torch.empty(rows, columns).uniform_(-bound, bound, generator=generator)
+        out = torch.empty(rows, columns, dtype=torch.float32, device="cpu")
+        return out.uniform_(-bound, bound, generator=generator)
 
     return draw(basis.rank, basis.max_in), draw(basis.max_out, basis.rank)
 

@@ -213,8 +213,8 @@ class Residence:
             stem = f"vera_{member.number}" + (f"_{unit.unit.partition(':')[2]}" if ":" in unit.unit else "")
             weight: Any = module.weight
             device = torch.device("cpu") if weight.is_meta else weight.device
-            d = torch.full((unit.r,), float(member.config.d_start), device=device)
-            b = torch.full((unit.m,), float(member.config.b_start), device=device)
+            d = torch.full((unit.r,), float(member.config.d_start), dtype=torch.float32, device=device)
+            b = torch.full((unit.m,), float(member.config.b_start), dtype=torch.float32, device=device)
             module.register_parameter(f"{stem}_d", nn.Parameter(d, requires_grad=member.config.train != "b"))
             module.register_parameter(f"{stem}_b", nn.Parameter(b, requires_grad=member.config.train != "d"))
             owners[unit.unit] = (module, f"{stem}_d", f"{stem}_b")
