@@ -77,14 +77,20 @@ def test_attach_renames_no_module_and_no_key_and_detach_gives_the_model_back():
 def test_vectors_stay_float32_when_the_model_is_cast(dtype):
     model = tiny_llama()
     vera = attach(model, QV)
+    randomise(vera, "default", size=1e-6)
+    values = [p.clone() for p in model.parameters() if p.requires_grad]
     model.to(dtype)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     assert model.lm_head.weight.dtype == dtype
     model.train()(input_ids=tokens(), labels=tokens()).loss.backward()
     grads = [p.grad for p in model.parameters() if p.requires_grad]
     assert {g.dtype for g in grads} == {torch.float32} and sum(float(g.norm()) for g in grads) > 0
+    before = [g.clone() for g in grads]
     model.half()
-    assert {g.dtype for g in (p.grad for p in model.parameters() if p.requires_grad)} == {torch.float32}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert {p.grad.dtype for p in trained} == {torch.float32}
+    assert all(torch.equal(p, value) for p, value in zip(trained, values, strict=True))
+    assert all(torch.equal(p.grad, g) for p, g in zip(trained, before, strict=True))
     assert vera.names == ("default",)
 
 

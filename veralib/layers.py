@@ -224,7 +224,8 @@ class VeraLayer:
 
         def by_device_only(t: Tensor) -> Tensor:
             out = fn(t)
-            return out.to(t.dtype) if id(t) in own and out.dtype != t.dtype else out
+            # t moves, not out: out has been rounded to the other type
+            return t.to(out.device) if id(t) in own and out.dtype != t.dtype else out
 
         return super()._apply(by_device_only, recurse)  # type: ignore[misc]
 
