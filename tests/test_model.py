@@ -260,6 +260,27 @@ def test_dropout_acts_in_training_alone():
     assert not torch.equal(logits(model, ids), logits(model, ids))
 
 
+@pytest.mark.parametrize("loaded", [False, True], ids=["trained", "resident"])
+@pytest.mark.parametrize("plan", [None, "factored", "merged-tokens", "merged-weights", "apart-tokens", "apart-weights"])
+def test_a_trained_bias_of_an_adapted_linear_gets_its_gradient(plan, loaded):
+    for rows in (3, 40):
+        torch.manual_seed(0)
+        model, x = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)), torch.randn(rows, 8)
+        vera = attach(model, VeraConfig(rank=4, targets=["0", "2"]))
+        randomise(vera, "default")
+        if loaded:
+            vera.load(vera.adapter(), "resident")
+            vera.use("resident")
+        vera.runtime.plan = plan
+        biases = [model[0].bias.requires_grad_(), model[2].bias.requires_grad_()]
+        plain = copy.deepcopy(model)
+        plain.eval()
+        handle(plain).merge()
+        expected = torch.autograd.grad(plain(x).square().sum(), [plain[0].bias, plain[2].bias])
+        for bias, grad in zip(torch.autograd.grad(model(x).square().sum(), biases), expected, strict=True):
+            torch.testing.assert_close(bias, grad)
+
+
 def test_layers_that_read_the_same_x_share_one_product_with_A():
     model = tiny_llama()
     vera = attach(model, VeraConfig(rank=8, targets=["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"]))

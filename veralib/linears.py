@@ -75,14 +75,15 @@ def is_plain(weight: Tensor) -> bool:
 def dense_weight(module: nn.Module) -> Tensor | None:
     """W0 as an (m, n) view for our own matmul, or None where only the base's own forward may use it.
 
-    None where it is quantised, sharded (DTensor), offloaded (meta), parametrised, or trained itself, and where the class
-    has a forward of its own. Called in every forward: half a microsecond (Conv1D, whose weight is transposed: 3).
+    None where it is quantised, sharded (DTensor), offloaded (meta), parametrised, or trained itself (or its bias is), and where
+    the class has a forward of its own. Called in every forward: half a microsecond (Conv1D, whose weight is transposed: 3).
     """
     weight = module._parameters.get("weight")
     if (
         type(weight) not in _PLAIN_TENSORS
         or not computes_plainly(module)
         or weight.requires_grad  # type: ignore[union-attr]
+        or ((bias := module._parameters.get("bias")) is not None and bias.requires_grad)
         or weight.dtype not in MATMUL_DTYPES  # type: ignore[union-attr]
         or weight.is_meta  # type: ignore[union-attr]
     ):
