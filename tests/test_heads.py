@@ -1,5 +1,6 @@
 """Modules trained in full: each adapter's copy is its own, whatever else adapts the model."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -84,3 +85,44 @@ def test_heads_of_hooked_modules_are_used():
     torch.testing.assert_close(model(input_ids=ids).logits, expected)
     vera.detach()
     torch.testing.assert_close(model(input_ids=ids).logits, tiny_bert()(input_ids=ids).logits)
+
+
+class Hands(nn.ModuleList):
+    def forward(self, x):
+        for module in self.children():
+            x = module(x)
+        return x
+
+
+@pytest.mark.parametrize("head", [nn.Sequential, lambda *modules: Hands(modules)], ids=["Sequential", "ModuleList"])
+def test_a_head_that_runs_all_its_children_runs_no_copy(head):
+    torch.manual_seed(0)
+    model, x = Small(), torch.randn(4, 8)
+    model.classifier = head(nn.Linear(8, 8), nn.Tanh())
+    base = model(x).detach()
+    vera = attach(model, VeraConfig(rank=2, targets=["body"], train_modules=["classifier"]))
+    randomise(vera, "default")
+    copied = vera.inside.head("classifier", vera.member("default"))
+    with torch.no_grad():
+        copied[0].weight.mul_(2.0)
+        expected = copied(model.body(x))
+        assert torch.equal(model(x), expected) and not torch.allclose(expected, base)
+        vera.add(VeraConfig(rank=2, targets=["body"], train_modules=["classifier"]), name="other")
+        assert torch.equal(vera.inside.head("classifier", vera.member("other"))(x), model.classifier[1](model.classifier[0](x)))
+        with vera.using(None):
+            assert torch.equal(model(x), base)
+        assert torch.equal(vera.reference()(x), base)
+        with vera.rows(["default", None, None, "default"]):
+            rows = model(x)
+        torch.testing.assert_close(rows, torch.stack([expected[0], base[1], base[2], expected[3]]))
+        vera.merge("default")
+        torch.testing.assert_close(model(x), expected)
+        vera.unmerge()
+        vera.load(vera.adapter("default"), name="resident")
+        vera.use("resident")
+        torch.testing.assert_close(model(x), expected)
+    model.train()
+    vera.use("default")
+    model(x).sum().backward()
+    assert all(p.grad is not None for p in copied.parameters()) and "classifier.vera_0.0.weight" in model.state_dict()
+    assert torch.equal(vera.detach()(x), base)

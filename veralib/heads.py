@@ -23,7 +23,8 @@ class HeadLayer:
     _vera_head: "HeadSite"
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self._vera_head.forward(self, super().forward, args, kwargs)  # type: ignore[misc, arg-type]
+        plain = type(self)._vera_plain.forward  # type: ignore[attr-defined]
+        return self._vera_head.forward(self, functools.partial(plain, _without_copies(self)), args, kwargs)  # type: ignore[arg-type]
 
     def train(self, mode: bool = True) -> Any:
         super().train(mode)  # type: ignore[misc]
@@ -39,6 +40,16 @@ class HeadLayer:
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         return _rebuild, (type(self)._vera_plain, HeadLayer), self.__getstate__()  # type: ignore[attr-defined]
+
+
+def _without_copies(module: Any) -> Any:
+    """The module as its own forward may see it: nn.Sequential's runs every child, and would run the adapters' copies too."""
+    own = {n: c for n, c in module._modules.items() if not is_own_key(n)}
+    if not own or len(own) == len(module._modules):
+        return module
+    view = module._vera_plain.__new__(module._vera_plain)
+    view.__dict__.update(module.__dict__, _modules=own)
+    return view
 
 
 TEMPLATE = -1
