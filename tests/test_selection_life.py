@@ -159,3 +159,33 @@ def test_a_removal_waits_while_a_selection_is_made(monkeypatch):
             rows = vera.model(input_ids=ids).logits
         with vera.using("ann"):
             torch.testing.assert_close(vera.model(input_ids=ids).logits, rows, rtol=1e-4, atol=1e-5)
+
+
+class Branches(nn.Module):
+    """Two checkpointed segments that read one x, as the cross attention of BART's layers does."""
+
+    def __init__(self, checkpointed):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.c = (nn.Linear(6, 6) for _ in "abc")
+        self.run = (lambda f, x: checkpoint(f, x, use_reentrant=False)) if checkpointed else lambda f, x: f(x)
+
+    def forward(self, x):
+        one = self.run(lambda x: torch.tanh(self.a(x)) * self.b(x), x)
+        return one + self.run(lambda x: torch.tanh(self.c(x)), x)
+
+
+@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("tokens_of_x", [2, 40])
+def test_checkpointed_segments_that_read_one_x_train_as_without_checkpointing(rows, tokens_of_x):
+    gradients = []
+    for checkpointed in (False, True):
+        model = Branches(checkpointed)
+        vera = two(model, targets=["a", "b", "c"])
+        vera.use("a")
+        x = torch.ones(tokens_of_x, 6, requires_grad=True)
+        with vera.rows(["a"] * tokens_of_x) if rows else vera.using("a"):
+            model(x).square().sum().backward()
+        gradients.append([x.grad, *(p.grad for p in vera.parameter_groups(name="a")[0]["params"])])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)

@@ -17,6 +17,9 @@ from .errors import StateError
 from .products import apply_frozen
 from .selection import BASE, Bucket, Selection, stacked_vectors
 
+# (pack, unpack) of the innermost torch.autograd.graph.saved_tensors_hooks, or None; an older torch may not tell
+_innermost_hook = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignore_is_tracing: None)
+
 
 class Runtime:
     """What all layers of one model ask: its adapters, the selection in force, and the last A x of this thread."""
@@ -145,11 +148,14 @@ class Runtime:
         local = self._local
         if x.is_inference():  # no version counter: a change in place couldn't be seen
             return {}
-        if getattr(local, "x", None) is not x or local.version != x._version:
-            local.x, local.version, local.memo = x, x._version, {}
+        # A checkpointed segment saves tensors through a hook of its own and must compute all that it saves: nothing of another's.
+        hook = _innermost_hook(False) if torch.is_grad_enabled() else None
+        segment = None if hook is None else hook[0]
+        if getattr(local, "x", None) is not x or local.version != x._version or local.segment is not segment:
+            local.x, local.version, local.segment, local.memo = x, x._version, segment, {}
             if torch._C._current_graph_task_id() >= 0:  # a checkpoint's recomputation: no forward of the root clears it
                 mine = local.__dict__  # this thread's: on a GPU the callback runs in another
-                end = lambda: mine.update(x=None, memo=None)  # noqa: E731
+                end = lambda: mine.update(x=None, segment=None, memo=None)  # noqa: E731
                 torch.autograd.Variable._execution_engine.queue_callback(end)  # type: ignore[attr-defined]
         return local.memo
 
@@ -183,4 +189,4 @@ class Runtime:
         self._written += 1
 
     def clear_memo(self) -> None:
-        self._local.x, self._local.memo = None, {}
+        self._local.x, self._local.segment, self._local.memo = None, None, {}
