@@ -1,6 +1,7 @@
 """attach and the handle, against a plain reference, a merged model and the untouched base."""
 
 import copy
+import dataclasses
 import io
 import pickle
 
@@ -258,6 +259,18 @@ def test_dropout_acts_in_training_alone():
     assert torch.equal(logits(model, ids), logits(model, ids))
     model.train()
     assert not torch.equal(logits(model, ids), logits(model, ids))
+
+
+@pytest.mark.parametrize("tokens_of_x", [2, 4000])
+def test_an_adapters_bias_of_another_dtype_is_added_whatever_the_plan(tokens_of_x):
+    model, x = nn.Sequential(nn.Linear(16, 16)), torch.randn(tokens_of_x, 16)
+    vera = attach(model, VeraConfig(rank=4, targets=["0"]))
+    randomise(vera, "default")
+    bias = torch.randn(16).bfloat16()
+    expected = model(x) - model[0].bias + bias.float()
+    vera.load(dataclasses.replace(vera.adapter(), biases={"0": bias}), "biased")
+    vera.use("biased")
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("loaded", [False, True], ids=["trained", "resident"])

@@ -74,7 +74,7 @@ class Site:
             W = None  # the base's own forward answers, whatever it makes of it
         if W is None and not autocast and not x.is_floating_point():
             return base(x)
-        bias: Tensor | None = module.bias if own_bias is None else own_bias.to(x.device)  # type: ignore[assignment]
+        bias: Tensor | None = module.bias if own_bias is None else own_bias.to(x.device, dtype)  # type: ignore[assignment]
         training = torch.is_grad_enabled() and (x.requires_grad or any(v.requires_grad for v in vectors))
         dropout = member.config.dropout if module.training and member.trainable else 0.0
         flat = self.runtime.cast(x, x.reshape(-1, self.n), dtype)
