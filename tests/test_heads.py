@@ -126,3 +126,19 @@ def test_a_head_that_runs_all_its_children_runs_no_copy(head):
     model(x).sum().backward()
     assert all(p.grad is not None for p in copied.parameters()) and "classifier.vera_0.0.weight" in model.state_dict()
     assert torch.equal(vera.detach()(x), base)
+
+
+def test_the_reference_leaves_every_copy_of_a_head_in_its_mode():
+    model = Small()
+    vera = attach(model, VeraConfig(rank=2, targets=["body"], train_modules=["classifier"]))
+    vera.load(vera.adapter(), name="resident")
+    fleet = vera.fleet(VeraConfig(rank=2, targets=["body"], train_modules=["classifier"]), 2)
+    fleet.add(["ann", "bob"])
+    model.train()
+    vera.reference()(torch.randn(4, 8))
+    site = model.classifier._vera_head
+    assert len(site.resident) == 2
+    assert all(m.training for copied in (model, *site.resident.values()) for m in copied.modules())
+    model.eval()
+    vera.reference()(torch.randn(4, 8))
+    assert not any(m.training for copied in (model, *site.resident.values()) for m in copied.modules())

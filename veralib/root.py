@@ -212,7 +212,8 @@ class Reference(nn.Module):
     @contextlib.contextmanager
     def _plainly(self):
         inner, vera = self.__dict__["inner"], self.__dict__["vera"]
-        training = [m for m in inner.modules() if m.training]
+        beside = [m for head in vera.inside.heads.values() for m in head._vera_head.resident.values()]  # not in the tree
+        training = [m for module in (inner, *beside) for m in module.modules() if m.training]
         try:
             inner.eval()
             with torch.no_grad(), vera.using(None):
