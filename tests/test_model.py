@@ -348,6 +348,11 @@ def test_failed_attach_changes_nothing():
         with pytest.raises(veralib.VeraError):
             attach(model, config)
         assert [p.requires_grad for p in model.parameters()] == flags and [type(m) for m in model.modules()] == classes
+    model.lm_head.to("meta")
+    keys = list(model.state_dict())
+    with pytest.raises(veralib.ConfigError, match=r'"lm_head".*offloaded.*one device'):
+        attach(model, VeraConfig(targets=["q_proj"], train_modules=["lm_head"]))
+    assert list(model.state_dict()) == keys and [type(m) for m in model.modules()] == classes
     with pytest.raises(StateError, match="no adapters"):
         handle(model)
 

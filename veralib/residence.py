@@ -54,6 +54,7 @@ class Residence:
         """A trainable member with vectors at their start."""
         targets = [t for t in find_targets(self.model, config) if not _OWN.search(t.layer)]
         heads = self._find_heads(config)
+        _refuse_offloaded(heads)
         member = Member(name, config, self._layout(_units(targets, config)), self._next, heads=tuple(heads))
         self._adapt({t.layer: t.module for t in targets}, heads)
         self._make_trainable(member)
@@ -85,8 +86,7 @@ class Residence:
         """The tables of a fleet, nobody in them, the layers that it adapts ready."""
         targets = [t for t in find_targets(self.model, config) if not _OWN.search(t.layer)]
         heads = self._find_heads(config)
-        if any(p.is_meta for module in heads.values() for p in module.parameters()):
-            raise ConfigError("the module to train in full is offloaded: load the base model onto one device to train its head.")
+        _refuse_offloaded(heads)
         self._adapt({t.layer: t.module for t in targets}, heads)
         templates = {name: self._template(module) for name, module in heads.items()}
         bank = FleetBank(self._layout(_units(targets, config)), self.device, slots, dtype, templates, recompute)
@@ -253,8 +253,6 @@ class Residence:
     def _add_head(self, module: nn.Module, member: Member, state: Mapping[str, Tensor] | None = None) -> None:
         copied = plain_copy(module)
         offloaded = any(p.is_meta for p in copied.parameters())
-        if offloaded and state is None:
-            raise ConfigError("the module to train in full is offloaded: load the base model onto one device to train its head.")
         if state is not None:
             copied.load_state_dict({k: t.clone() for k, t in state.items()} if offloaded else dict(state), assign=offloaded)
         if offloaded:
@@ -264,6 +262,14 @@ class Residence:
             module.add_module(f"vera_{member.number}", copied)
         else:
             module._vera_head.resident[member.number] = copied  # type: ignore[union-attr, operator, assignment]
+
+
+def _refuse_offloaded(heads: Mapping[str, nn.Module]) -> None:
+    offloaded = next((n for n, module in heads.items() if any(p.is_meta for p in module.parameters())), None)
+    if offloaded is not None:
+        raise ConfigError(
+            f'"{offloaded}", to train in full, is offloaded: load the base model onto one device to train its head.'
+        )
 
 
 def _units(targets: Sequence[Target], config: VeraConfig) -> list[UnitSpec]:
