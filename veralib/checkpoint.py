@@ -33,7 +33,8 @@ def adapter_of(vera: "Vera", member: "Member", state: Mapping[str, Tensor] | Non
     vectors = {}
     for unit in member.layout.units:
         d, b = (read(name, vector) for _, name, vector in _vectors(member, unit))
-        vectors[unit.unit] = (d, b)
+        dtype = torch.promote_types(d.dtype, torch.float32)  # a fleet's table may be bf16, a file is not
+        vectors[unit.unit] = (d.to(dtype), b.to(dtype))
     modules = {head: {key: read(name, t) for key, name, t in _head(vera, member, head)} for head in member.heads}
     layers = list(dict.fromkeys([*member.layout.by_layer, *member.biases]))
     config = getattr(vera.model, "config", None)

@@ -274,3 +274,13 @@ def test_bad_inputs():
     fleet.add("bob")
     with pytest.raises(StateError, match="between forward and backward"):
         loss.backward()
+
+
+def test_an_owner_of_a_bf16_table_is_saved_in_float32(tmp_path):
+    vera = attach(tiny_llama())
+    fleet = vera.fleet(VeraConfig(rank=4, targets=["q_proj"], b_initial=0.5), slots=2, dtype=torch.bfloat16)
+    fleet.add("ann")
+    saved = load_adapter(vera.save(tmp_path / "ann.safetensors", name="ann"))
+    for unit, vectors in saved.vectors.items():
+        for vector, live in zip(vectors, vera.member("ann").vectors(unit), strict=True):
+            assert live.dtype == torch.bfloat16 and vector.dtype == torch.float32 and torch.equal(vector, live.float())
