@@ -217,3 +217,14 @@ def test_rows_takes_any_iterable_and_tokens_an_index_of_the_batchs_shape():
         places = torch.tensor([-1 if n is None else known.index(n) for n in names])[:, None].expand(*ids.shape)
         with vera.tokens(places, names=known):
             torch.testing.assert_close(vera.model(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_training_with_dropout_inside_rows_is_refused():
+    vera = attach(tiny_llama(), VeraConfig(rank=4, targets=["q_proj"], dropout=0.5))
+    vera.model.train()
+    with vera.rows(["default", None]):
+        with pytest.raises(StateError, match="no dropout"):
+            vera.model(input_ids=tokens(2))
+        with torch.no_grad():
+            vera.model(input_ids=tokens(2))
+        vera.model.eval()(input_ids=tokens(2), labels=tokens(2)).loss.backward()

@@ -126,6 +126,11 @@ class Site:
         if not buckets and not changed:
             return h
         grad = torch.is_grad_enabled() and (h.requires_grad or any(bucket.trains for bucket in buckets))
+        if grad and module.training and any(m.trainable and m.config.dropout for m in selection.distinct):
+            raise StateError(
+                f"vera.{selection.kind}() draws no dropout, and an adapter in it trains with some: set its dropout to 0, or "
+                "train it with use() or using()."
+            )
         out = h.reshape(rows, -1, self.m)
         for bucket in buckets:
             out = self.add_bucket(out, x, bucket, grad)
