@@ -11,6 +11,7 @@ from tests.conftest import tiny_bert, tiny_llama
 from tests.store.killing import filled
 from tests.store.samples import equal, trained
 from veralib import ConfigError, StoreError, UnknownName, VeraConfig, attach
+from veralib.serving.names import engine_name
 from veralib.store import CachedStore, open_store
 
 
@@ -155,6 +156,28 @@ def test_compact_keeps_what_is_wanted(tmp_path):
         assert next(iter(s.get("owner 7").vectors.values()))[0][0] == 19.0
     other.put("owner 7", filled(adapter, 20.0))
     assert store.current("owner 7") == 21
+
+
+@pytest.mark.parametrize("lost", [False, True], ids=["index kept", "index lost"])
+def test_an_emptied_packed_store_gives_no_stamp_twice(tmp_path, lost):
+    adapter = trained()
+    value = lambda found: float(next(iter(found.vectors.values()))[0][0])  # noqa: E731
+    server, admin = open_store(tmp_path, kind="packed"), open_store(tmp_path)
+    admin.put("ann", filled(adapter, 1.0))
+    assert value(server.get("ann")) == 1.0
+    stamp, name = server.stamp("ann"), engine_name(server, "ann")
+    admin.delete("ann")
+    admin.compact()
+    if lost:
+        server.close()
+        admin.close()
+        for file in tmp_path.glob("index.sqlite*"):
+            file.unlink()
+        admin = open_store(tmp_path)
+    admin.put("ann", filled(adapter, 2.0))
+    assert value(server.get("ann")) == value(admin.get("ann")) == 2.0
+    assert server.stamp("ann") != stamp and engine_name(server, "ann") != name
+    assert len(server._maps) == 1  # the removed file's bytes aren't held
 
 
 def test_bad_stores_and_settings(tmp_path):

@@ -145,6 +145,8 @@ class PackedStore(Store):
                             "the store anew; complete records survive."
                         )
                     known = self._maps[segment] = mmap.mmap(f.fileno(), size, access=mmap.ACCESS_READ)
+                for other in [n for n in self._maps if not self._data(n).exists()]:  # compacted away by somebody else
+                    del self._maps[other]
         return memoryview(known)[place : place + length]
 
     # Changed
@@ -196,7 +198,10 @@ class PackedStore(Store):
                 size = found[-1][3] + found[-1][4]
                 index.executemany("INSERT OR REPLACE INTO adapters VALUES(?, ?, ?, ?, ?)", found)
             index.executemany("UPDATE segments SET dead = 1 WHERE number = ?", [(n,) for n in old])
-            index.executemany("UPDATE segments SET dead = 0 WHERE number = ? AND size > 0", [(n,) for n in new])
+            # The first one stays also when it is empty, as file and as row: from it the next number is counted, and a number that
+            # came back would give a new adapter the stamp of a deleted one.
+            self._data(first).touch()
+            index.execute("UPDATE segments SET dead = 0 WHERE number = ? OR number > ? AND size > 0", (first, first))
         with self._exclusive() as index:
             self._remove_dead(index)
             return before - self._bytes()
@@ -270,7 +275,7 @@ class PackedStore(Store):
             elif size < indexed:
                 index.execute("DELETE FROM adapters WHERE segment = ? AND place + length > ?", (number, size))
                 end = index.execute("SELECT max(place + length) FROM adapters WHERE segment = ?", (number,)).fetchone()[0] or 0
-            if end != indexed:
+            if end != indexed or number not in known:
                 index.execute(
                     "INSERT INTO segments VALUES(?, ?, 0) ON CONFLICT(number) DO UPDATE SET size = excluded.size", (number, end)
                 )
