@@ -168,6 +168,34 @@ def test_a_head_of_other_classes_and_no_head(tmp_path):
         engine.classify(["abc"])
 
 
+GPT2 = dict(n_embd=32, n_layer=2, n_head=2, n_positions=64, bos_token_id=1, eos_token_id=2)
+LLAMA = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=64)
+
+
+@pytest.mark.parametrize("kind, shape", [("GPT2", GPT2), ("Llama", LLAMA)])
+@pytest.mark.parametrize("pads", [(None, None), (2, None), (2, 0), (None, 0), (-1, None)])
+def test_a_decoder_classifies_a_text_alike_alone_and_beside_a_longer_one(kind, shape, pads):
+    """pads: the config's and the tokenizer's."""
+    import transformers
+
+    config = getattr(transformers, f"{kind}Config")(vocab_size=64, num_labels=3, pad_token_id=pads[0], **shape)
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{kind}ForSequenceClassification")(config).eval()
+    tokenizer = Letters()
+    tokenizer.pad_token_id = pads[1]
+    with EncoderEngine(model, None, tokenizer=tokenizer) as engine:
+        texts = [engine.encode(t) for t in TEXTS]
+        alone = [engine.submit([t])[0].result().logits for t in texts]
+        gate = threading.Event()
+        engine.between_steps(gate.wait)
+        together = engine.submit(texts)
+        gate.set()
+        for one, answer in zip(alone, together, strict=True):
+            torch.testing.assert_close(answer.result().logits, one, atol=1e-5, rtol=1e-5)
+        assert (alone[0] - alone[2]).abs().max() > 1e-3
+    assert model.config.pad_token_id == pads[0]
+
+
 def test_pooling_as_sentence_transformers_wrote_it(tmp_path):
     assert sentence_transformers_settings(str(tmp_path)) == ("mean", True)
     (tmp_path / "1_Pooling").mkdir()

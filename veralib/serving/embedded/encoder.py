@@ -16,7 +16,7 @@ from ... import attach
 from ...errors import ConfigError
 from ...store import Store
 from .errors import BadAdapter, BadRequest, EngineBusy, EngineError
-from .loading import encode, load_model, load_tokenizer
+from .loading import encode, load_model, load_tokenizer, pad_token
 from .residents import Limits, Residents
 
 Pooling = Literal["mean", "cls"]
@@ -73,9 +73,14 @@ class EncoderEngine:
         self.pooling: Pooling = pooling or found[0]
         self.normalise = found[1] if normalise is None else normalise
         self.max_model_len = min(_positions(self.model), self.tokenizer.model_max_length, max_model_len or 2**31)
-        self.max_batch, self.max_requests = max_batch, max_requests
+        self.max_requests = max_requests
         self.labels = getattr(self.model.config, "id2label", None) or {}
         self.classifies = type(self.model).__name__.endswith("ForSequenceClassification")
+        # A decoder that classifies looks for a text's last token by its config's pad_token_id: the one that we fill up with.
+        config = self.model.config.get_text_config()
+        self.pad, self._own_pad = pad_token(self.model, self.tokenizer), getattr(config, "pad_token_id", None)
+        config.pad_token_id = self.pad
+        self.max_batch = 1 if self.classifies and self.pad is None else max_batch
         self.vera = attach(self.model)
         self._work: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._waiting = 0
@@ -159,6 +164,7 @@ class EncoderEngine:
         self._work.put(None)
         self._thread.join()
         self.readers.shutdown(wait=False)
+        self.model.config.get_text_config().pad_token_id = self._own_pad
         if self.model.__dict__.get("_vera_handle") is self.vera:
             self.vera.detach()
 
@@ -248,7 +254,7 @@ class EncoderEngine:
     @torch.no_grad()
     def _forward(self, jobs: Sequence[Job]) -> list[Encoded]:
         self.steps += 1
-        longest, pad = max(len(j.tokens) for j in jobs), self.tokenizer.pad_token_id or 0
+        longest, pad = max(len(j.tokens) for j in jobs), self.pad or 0
         ids = torch.tensor([j.tokens + [pad] * (longest - len(j.tokens)) for j in jobs], device=self.model.device)
         mask = torch.tensor([[1] * len(j.tokens) + [0] * (longest - len(j.tokens)) for j in jobs], device=self.model.device)
         adapters = [j.adapter for j in jobs]

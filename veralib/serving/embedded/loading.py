@@ -53,6 +53,13 @@ def load_tokenizer(path: str) -> Any:
         raise ConfigError(f'no tokenizer at "{path}": {e}. Save one there, or pass tokenizer=.') from e
 
 
+def pad_token(model: Any, tokenizer: Any) -> int | None:
+    """The token that fills up shorter texts: the model's, else the tokenizer's; None where neither names one of the model's."""
+    size = model.get_input_embeddings().weight.shape[0]
+    named = (getattr(model.config.get_text_config(), "pad_token_id", None), getattr(tokenizer, "pad_token_id", None))
+    return next((t for t in named if t is not None and 0 <= t < size), None)
+
+
 def encode(tokenizer: Any, text: str, special: bool = True) -> list[int]:
     """A text's tokens. BadRequest for a text that isn't Unicode: half a surrogate pair, which JSON can hold."""
     try:
