@@ -29,10 +29,10 @@ def served(app):
             thread.join(10)
 
 
-def call(url, body=None, data=None, timeout=60):
+def call(url, body=None, data=None, timeout=60, headers=()):
     """(status, answer): GET, or POST with a JSON body or raw bytes; the answer as JSON where it is some."""
     data = json.dumps(body).encode() if body is not None else data
-    request = urllib.request.Request(url, data=data, headers={"Content-Type": "application/json"})
+    request = urllib.request.Request(url, data=data, headers={"Content-Type": "application/json", **dict(headers)})
     try:
         with urllib.request.urlopen(request, timeout=timeout) as answer:
             status, text = answer.status, answer.read().decode()

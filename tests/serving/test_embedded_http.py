@@ -299,6 +299,19 @@ def test_too_many_requests_are_told_to_come_back(place, monkeypatch):
         assert (status, answer["error"]["type"], first.result()[0]) == (429, "rate_limit_error", 200)
 
 
+def test_a_key_is_asked_of_everybody_where_one_is_set(place, monkeypatch):
+    monkeypatch.setenv("VLLM_API_KEY", "s3cret")
+    with served(make_app(place[0])) as url:
+        for authorization in (None, "s3cret", "Bearer", "Bearer s3cre", "Bearer s3cret2", "Basic s3cret", "Bearer s\u00e9cret"):
+            headers = {} if authorization is None else {"Authorization": authorization}
+            for path, body in (("/v1/models", None), ("/metrics", None), ("/v1/completions", GOOD), ("/nowhere", None)):
+                status, answer = call(url + path, body, headers=headers)
+                assert (status, answer["error"]["type"]) == (401, "authentication_error")
+            assert call(url + "/health", headers=headers)[0] == 200
+        for authorization in ("Bearer s3cret", "bearer s3cret"):
+            assert call(url + "/v1/completions", GOOD, headers={"Authorization": authorization})[0] == 200
+
+
 def start_server(store, *more):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -21,15 +22,17 @@ from .protocol import AdapterBody, ChatBody, CompletionBody, Generation, Message
 from .request import Piece
 from .sampling import Sampling
 from .streams import Streams
-from .web import ClientGone, Counted, add_error_handlers, api_error, aside, until_gone
+from .web import KEY_VARIABLE, ClientGone, Counted, Keyed, add_error_handlers, api_error, aside, until_gone
 
 
 def make_app(engine: EmbeddedEngine | EncoderEngine) -> FastAPI:
-    """The FastAPI application of one engine, which the caller closes."""
+    """The FastAPI application of one engine, which the caller closes. Where VLLM_API_KEY is set, clients need that key."""
     app = FastAPI(title="veralib embedded engine", docs_url=None, redoc_url=None)
     metrics = Metrics(engine)
     app.state.metrics = metrics
     add_error_handlers(app)
+    if key := os.environ.get(KEY_VARIABLE):
+        app.add_middleware(Keyed, key=key)
     app.add_middleware(Counted, metrics=metrics)
     _add_common_routes(app, engine, metrics)
     if isinstance(engine, EncoderEngine):

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import hmac
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
@@ -19,6 +20,8 @@ from .metrics import Metrics
 T = TypeVar("T")
 LONGEST_BODY = 32 * 2**20
 LONG_TEXT = 10_000
+KEY_VARIABLE = "VLLM_API_KEY"
+"""vLLM's; a gateway sets it for the engine that it starts."""
 
 
 def api_error(e: Exception) -> ApiError:
@@ -100,6 +103,21 @@ class Counted:
             route = getattr(scope.get("route"), "path", "other")
             self.metrics.requests.labels(route, str(status)).inc()
             self.metrics.seconds.labels(route).observe(time.perf_counter() - start)
+
+
+class Keyed:
+    """Middleware: 401 for whoever doesn't send the key as bearer, except to /health, which says nothing of anybody."""
+
+    def __init__(self, app: Any, key: str) -> None:
+        self.app, self.key = app, key.encode()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http" and scope["path"] != "/health":
+            kind, _, key = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
+            if kind.lower() != b"bearer" or not hmac.compare_digest(key.strip(), self.key):
+                message = f"this engine wants the key of its environment variable {KEY_VARIABLE}: Authorization: Bearer KEY."
+                return await _answer(ApiError(401, message, code="invalid_api_key"))(scope, receive, send)
+        await self.app(scope, receive, send)
 
 
 class ClientGone(Exception):
