@@ -135,7 +135,7 @@ class Setting:
             b = {i: torch.randn(place.pieces[i].width, generator=generator) for i in which}
             columns_d = torch.cat([torch.arange(i * self.R, i * self.R + rank) for i in which])
             columns_b = torch.cat([torch.arange(p.out, p.out + p.width) for p in (place.pieces[i] for i in which)])
-            layout = Layout(slot, columns_d, columns_b, frozenset(which), rank)
+            layout = Layout(columns_d, columns_b, frozenset(which), rank)
             self.tables.write(slot, Loaded(slot + 1, layout, at, scaled.to(dtype), torch.cat([*b.values()]).to(dtype)))
             self.vectors.append((NATIVE[basis], rank, d, b))
         self.place = place
@@ -202,6 +202,26 @@ def test_padding_is_left_alone_and_missing_tokens_are_refused():
     assert torch.equal(out[2:], before[2:]) and not torch.equal(out[:2], before[:2])
     with pytest.raises(RuntimeError, match="got 1 of 2 tokens"):
         s.site.add(x[:1], out[:1])
+
+
+def test_steps_of_ever_other_pieces_take_no_more_memory(monkeypatch):
+    from veralib.serving.vllm import sums, tables
+
+    monkeypatch.setattr(tables, "MOST_KEYS", 2)
+    monkeypatch.setattr(sums, "MOST_KEYS", 2)
+    s, seen = Setting(), {}
+    for ids in [(1,), (2,), (3,), (4,), (2, 3), (1, 2), (3, 4), (4,), (2,), (1,)] * 2:
+        s.tables.follow(ids, {n: n - 1 for n in (1, 2, 3, 4)})
+        step = s.tables.step
+        assert seen.setdefault(step.key, step.pieces) == step.pieces  # a number stands for the same pieces for ever
+        x, out = torch.randn(len(ids), 24), torch.randn(len(ids), 24)
+        want = s.want(x, out, ids)
+        torch.testing.assert_close(s.site.add(x, out).double(), want, rtol=1e-5, atol=1e-5)
+        assert len(s.tables._keys) <= 2 and len(s.site._by_key) <= 2
+    s.tables.follow((1, 3), {1: 0, 3: 2})
+    key = s.tables.step.key
+    s.tables.follow((1, 2), {1: 0, 2: 1})
+    assert s.tables.step.key == key  # other layouts, the same pieces
 
 
 def test_a_vllm_that_differs_is_refused_in_words(monkeypatch):

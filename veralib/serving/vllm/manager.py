@@ -4,6 +4,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import nn
@@ -47,7 +48,8 @@ class Manager:
         self.loaded: dict[int, Loaded] = {}
         self.active: OrderedDict[int, int] = OrderedDict()
         """number -> slot, who was used longest ago first."""
-        self._layouts: dict[tuple, Layout] = {}
+        self._layouts: WeakValueDictionary[tuple, Layout] = WeakValueDictionary()
+        """As long as an adapter has them."""
         self._store: Store | None = None
 
     # The model
@@ -189,7 +191,8 @@ class Manager:
 
     def _layout(self, units: Iterable[tuple[Unit, list[tuple[Site, int]]]]) -> Layout:
         key = tuple((unit.name, len(unit.d)) for unit, _ in units)
-        if key not in self._layouts:
+        layout = self._layouts.get(key)
+        if layout is None:
             columns_d, columns_b, pieces = [], [], []
             for unit, found in units:
                 for site, i in found:
@@ -197,14 +200,13 @@ class Manager:
                     columns_d.append(torch.arange(start, start + len(unit.d)))
                     columns_b.append(torch.arange(site.columns_b[i].start, site.columns_b[i].stop))
                     pieces.append(site.numbers[i])
-            self._layouts[key] = Layout(
-                len(self._layouts),
+            layout = self._layouts[key] = Layout(
                 torch.cat(columns_d).to(self.device),
                 torch.cat(columns_b).to(self.device),
                 frozenset(pieces),
                 max(r for _, r in key),
             )
-        return self._layouts[key]
+        return layout
 
     def remove_adapter(self, number: int) -> bool:
         """Forgets an adapter; whether it was there."""
@@ -270,13 +272,14 @@ class Manager:
         if request.lora_int_id in self.loaded:
             return False
         t = self.tables
-        if ("dummy",) not in self._layouts:
+        layout = self._layouts.get(("dummy",))
+        if layout is None:
             every = lambda n: torch.arange(n, device=self.device)  # noqa: E731
             pieces = frozenset(n for site in self.sites.values() for n in site.numbers)
-            self._layouts["dummy",] = Layout(len(self._layouts), every(t.width_d), every(t.width_b), pieces, t.rank)
+            layout = self._layouts["dummy",] = Layout(every(t.width_d), every(t.width_b), pieces, t.rank)
             self._zeros = torch.zeros(t.width_d, dtype=t.dtype), torch.zeros(t.width_b, dtype=t.dtype)
         self.bases.users[0] += 1
-        self.loaded[request.lora_int_id] = Loaded(request.lora_int_id, self._layouts["dummy",], 0, *self._zeros)
+        self.loaded[request.lora_int_id] = Loaded(request.lora_int_id, layout, 0, *self._zeros)
         return True
 
     def get_dummy_lora_warmup_rank(self, default_rank: int) -> int:

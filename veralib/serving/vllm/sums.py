@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from .bases import Bases
 from .sites import Piece, Place
-from .tables import Step, Tables
+from .tables import MOST_KEYS, Step, Tables
 
 CHUNK = 256
 
@@ -77,6 +77,8 @@ class Site:
         found = self._by_key.get(step.key)
         if found is None:
             found = self._groups([i for i, number in enumerate(self.numbers) if number in step.pieces])
+            if len(self._by_key) >= MOST_KEYS:
+                self._by_key.clear()
             self._by_key[step.key] = found
         return found
 

@@ -4,6 +4,7 @@ Two static tables hold a row a slot and, for every piece of every layer, its col
 adapter reads that. So an adapter becomes active by two copies, whatever the number of layers.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -11,12 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+MOST_KEYS = 256
+"""Of the sets of pieces that steps use; with more, all are forgotten and numbered anew."""
+
 
 @dataclass(frozen=True, eq=False)
 class Layout:
     """Which columns of the tables an adapter's vectors fill: the same for all adapters with the same units and ranks."""
 
-    number: int
     columns_d: Tensor
     columns_b: Tensor
     pieces: frozenset[int]
@@ -46,7 +49,7 @@ class Step:
 
     tokens: int
     key: int
-    """Steps with one key use the same pieces."""
+    """Steps with one key use the same pieces; those pieces may get another one later."""
     pieces: frozenset[int]
     rank: int
     bases: tuple[int, ...]
@@ -83,7 +86,8 @@ class Tables:
         self.held = [None] * self.slots
         self.rows = torch.full((self.tokens,), self.slots, dtype=torch.long, device=self.device)
         self.rows_of = torch.full((self.bases, self.tokens), self.slots, dtype=torch.long, device=self.device)
-        self._keys: dict[frozenset[int], tuple[int, frozenset[int], int]] = {}
+        self._keys: dict[frozenset[int], int] = {}
+        self._numbers = itertools.count()
         self._last: tuple[int, ...] | None = None
 
     @property
@@ -128,7 +132,8 @@ class Tables:
         self._last = ids
 
     def _plan(self, rows: np.ndarray, adapters: list[Loaded], basis_of_row: np.ndarray) -> Step:
-        key, pieces, rank = self._key(frozenset(a.layout.number for a in adapters), adapters)
+        layouts = {a.layout for a in adapters}
+        pieces, rank = frozenset[int]().union(*(a.pieces for a in layouts)), max(a.rank for a in layouts)
         bases = tuple(sorted({a.basis for a in adapters}))
         active = np.flatnonzero(rows != self.slots)
         everyone = len(active) == len(rows)
@@ -140,17 +145,18 @@ class Tables:
             rows_of = tuple(self._sent(np.where(basis_of_row[mine] == k, mine, self.slots)) for k in bases)
         slot = int(mine[0]) if len(adapters) == 1 else None
         positions = None if everyone else self._sent(active)
-        return Step(len(rows), key, pieces, rank, bases, slot, positions, device_rows, rows_of)
+        return Step(len(rows), self._key(pieces), pieces, rank, bases, slot, positions, device_rows, rows_of)
 
     def _sent(self, array: np.ndarray) -> Tensor:
         host = torch.from_numpy(np.ascontiguousarray(array))
         return host if self.device.type == "cpu" else host.pin_memory().to(self.device, non_blocking=True)
 
-    def _key(self, layouts: frozenset[int], adapters: list[Loaded]) -> tuple[int, frozenset[int], int]:
-        if layouts not in self._keys:
-            pieces = frozenset().union(*(a.layout.pieces for a in adapters))
-            self._keys[layouts] = (len(self._keys), pieces, max(a.layout.rank for a in adapters))
-        return self._keys[layouts]
+    def _key(self, pieces: frozenset[int]) -> int:
+        if pieces not in self._keys:
+            if len(self._keys) >= MOST_KEYS:
+                self._keys.clear()
+            self._keys[pieces] = next(self._numbers)
+        return self._keys[pieces]
 
     def _fill_static(self, rows: np.ndarray, basis_of_row: np.ndarray) -> None:
         n = len(rows)
