@@ -5,6 +5,7 @@ import sqlite3
 
 import pytest
 
+from tests.store.killing import filled
 from tests.store.samples import trained
 from veralib import StoreError, StoreUnavailable
 from veralib.store import open_store
@@ -53,6 +54,29 @@ def test_a_network_that_fails(tmp_path, monkeypatch):
         m.setattr(memory, "pipe_file", raises(RuntimeError("503 Slow Down")))
         with pytest.raises(StoreUnavailable, match="503 Slow Down"):
             store.put("ann", trained())
+
+
+def test_a_delete_that_fails_halfway_brings_no_older_version_back(tmp_path, monkeypatch):
+    fsspec = pytest.importorskip("fsspec")
+    store = open_store(f"memory://{tmp_path.name}-halfway")
+    for v in (1.0, 2.0, 3.0):
+        store.put("ann", filled(trained(), v))
+    memory = type(fsspec.filesystem("memory"))
+    real, removed = memory.rm_file, []
+
+    def twice(self, path):
+        if len(removed) == 2:
+            raise RuntimeError("503 Slow Down")
+        removed.append(path)
+        return real(self, path)
+
+    with monkeypatch.context() as m:
+        m.setattr(memory, "rm_file", twice)
+        with pytest.raises(StoreUnavailable, match="503 Slow Down"):
+            store.delete("ann")
+    assert store.current("ann") == 3 and next(iter(store.get("ann").vectors.values()))[0][0] == 3.0
+    store.delete("ann")
+    assert "ann" not in store
 
 
 def test_a_disk_that_is_not_mounted_knows_of_no_name(tmp_path):

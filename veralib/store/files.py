@@ -32,7 +32,7 @@ class Files(Protocol):
         ...
 
     def remove(self, path: str) -> None:
-        """One file, or a folder with all that is in it; fine where it is gone already."""
+        """One file, or a folder with all that is in it, at once or the first by name first; fine where it is gone already."""
 
     def sweep(self) -> None:
         """Removes what killed processes left half done."""
@@ -181,7 +181,12 @@ class RemoteFiles:
 
     def remove(self, path: str) -> None:
         try:
-            self.fs.rm(f"{self.root}/{path}", recursive=True)
+            where = f"{self.root}/{path}"
+            self.fs.invalidate_cache(where)
+            for earlier in sorted(self.fs.find(where))[:-1]:  # the current version last: no older one is ever the newest
+                with contextlib.suppress(FileNotFoundError):
+                    self.fs.rm(earlier)
+            self.fs.rm(where, recursive=True)
         except FileNotFoundError:
             return
         except Exception as e:
