@@ -13,7 +13,7 @@ import torch
 from tests.conftest import randomise, tiny_gpt2, tiny_llama
 from veralib import VeraConfig, attach
 from veralib.errors import UnknownName
-from veralib.serving.embedded import BadAdapter, BadRequest, EmbeddedEngine, EngineBusy, EngineError, Sampling
+from veralib.serving.embedded import BadAdapter, BadRequest, EmbeddedEngine, EngineBusy, EngineError, Sampling, attention
 from veralib.serving.names import engine_name
 from veralib.store import open_store
 
@@ -38,6 +38,14 @@ CONFIGS = {
     "d": VeraConfig(rank=8, targets="all-linear"),
     "e": VeraConfig(rank=4, sharing="unique", targets=["down_proj", "o_proj"]),
 }
+
+
+def tiny_mistral():
+    """A window of 6 tokens."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(0)
+    return MistralForCausalLM(MistralConfig(**tiny_llama().config.to_dict() | {"sliding_window": 6})).eval()
 
 
 def fill(model, store, configs, size=0.7):
@@ -119,17 +127,11 @@ def test_other_models_equal_their_merged_selves(tmp_path, build):
 
 def test_a_sliding_window_equals_the_merged_model(tmp_path):
     """Mistral's, shorter than the prompts; the longest prompt takes several steps."""
-    from transformers import MistralConfig, MistralForCausalLM
-
-    def build():
-        torch.manual_seed(0)
-        return MistralForCausalLM(MistralConfig(**tiny_llama().config.to_dict() | {"sliding_window": 6})).eval()
-
     store = open_store(tmp_path)
-    adapters = fill(build(), store, {"m": VeraConfig(rank=4, targets="all-linear")})
-    expected = merged_tokens(build(), adapters, PROMPTS)
+    adapters = fill(tiny_mistral(), store, {"m": VeraConfig(rank=4, targets="all-linear")})
+    expected = merged_tokens(tiny_mistral(), adapters, PROMPTS)
     keys = [(n, tuple(p)) for p in PROMPTS for n in (None, "m")]
-    with EmbeddedEngine(build(), store, tokenizer=Letters(), max_batch_tokens=24) as engine:
+    with EmbeddedEngine(tiny_mistral(), store, tokenizer=Letters(), max_batch_tokens=24) as engine:
         assert engine.model.config._attn_implementation == "veralib_paged"
         answers = engine.generate([k[1] for k in keys], [k[0] for k in keys], GREEDY)
     assert [a.tokens for a in answers] == [expected[k] for k in keys]
@@ -350,6 +352,31 @@ def test_a_step_that_fails_ends_the_engine_and_says_so(tmp_path, monkeypatch):
     with pytest.raises(EngineError, match="stopped"):
         engine.generate([[3]], None, GREEDY)
     engine.close()
+
+
+@pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2, tiny_mistral])
+def test_the_model_itself_is_right_while_an_engine_is_open(build):
+    model = build()
+    ids, padded = torch.tensor([[5, 9, 11, 3, 7, 4]]), torch.tensor([[0, 0, 5, 9, 11, 3], [8, 7, 5, 9, 11, 3]])
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+
+    def all_said():
+        settings = dict(max_new_tokens=10, do_sample=False, pad_token_id=0, eos_token_id=None)
+        with torch.no_grad():
+            return (
+                model.generate(ids, **settings),
+                model.generate(padded, attention_mask=mask, **settings),
+                model(input_ids=padded, attention_mask=mask).logits[mask.bool()],
+                model(input_ids=ids).logits,
+            )
+
+    before = all_said()
+    with EmbeddedEngine(model, None, tokenizer=Letters()) as engine:
+        assert model.config._attn_implementation == attention.NAME
+        for one, other in zip(before, all_said(), strict=True):
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+        made = engine.generate([ids[0].tolist()], None, Sampling(max_tokens=10, ignore_eos=True))[0].tokens
+        assert list(made) == before[0][0, 6:].tolist()
 
 
 def test_closing_gives_the_plain_model_back():

@@ -4,14 +4,35 @@ transformers gives sdpa all sequences of a batch as one, with a mask of (tokens,
 number of requests, and one request's NaN, times zero, reaches every other. Here each sequence sees its own keys alone.
 """
 
+import contextlib
 import inspect
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 NAME = "veralib_paged"
+_thread = threading.local()
+
+
+@contextlib.contextmanager
+def steps() -> Iterator[None]:
+    """Within it this thread's forwards are the engine's steps, which need no masks."""
+    _thread.steps = True
+    try:
+        yield
+    finally:
+        _thread.steps = False
+
+
+def mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """sdpa's mask for an ordinary forward; None in a step."""
+    return None if getattr(_thread, "steps", False) else sdpa_mask(*args, **kwargs)
 
 
 def attend(
@@ -31,11 +52,9 @@ def attend(
     sequence; cu_seq_lens_q and cu_seq_lens_k in kwargs say where each begins.
     """
     if cache is None:  # an ordinary forward, outside of the engine's loop
-        grouped = query.shape[1] != key.shape[1]
-        out = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=attention_mask, scale=scaling, is_causal=attention_mask is None, enable_gqa=grouped
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, sliding_window=sliding_window, **kwargs
         )
-        return out.transpose(1, 2).contiguous(), None
     key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
     queries, keys = kwargs["cu_seq_lens_q"].tolist(), kwargs["cu_seq_lens_k"].tolist()
     out = torch.empty_like(query.transpose(1, 2))
@@ -87,4 +106,5 @@ def use(model: Any) -> None:
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, attend)
+    AttentionMaskInterface.register(NAME, mask)
     model.set_attn_implementation(NAME)

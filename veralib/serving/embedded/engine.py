@@ -242,7 +242,7 @@ class EmbeddedEngine:
         if self._output_layer:  # an adapter there needs every token: its index is one for each
             adapted = any(m is not None and self._output_layer in m.layout.by_layer for m in members)
             runner._model_supports_logits_to_keep = False if adapted else None
-        with self.vera.runtime.override(selection):
+        with self.vera.runtime.override(selection), attention.steps():
             yield
 
     def _choosers(self) -> list[Chooser]:
