@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from veralib.serving.embedded.request import Running
 from veralib.serving.embedded.sampling import Chooser, Sampling, choose, draw
 from veralib.serving.embedded.text import Detokenizer, TextStream
 
@@ -80,6 +81,23 @@ def test_draws_follow_the_probabilities(settings):
     counts = torch.bincount(drawn, minlength=12) / 4000
     expected = reference(logits, sampling)
     assert (counts - expected).abs().max() < 0.03 and not counts[expected == 0].any()
+
+
+def test_a_negative_seed_is_a_seed_of_its_own():
+    numbers = [Chooser(Sampling(temperature=1.0, seed=seed)).random.random() for seed in (1, -1, 7, -7, 2**63 - 1, -(2**63))]
+    assert len(set(numbers)) == 6
+    assert numbers[2] == random.Random(7).random() and Chooser(Sampling(seed=-1)).random.random() == numbers[1]
+
+
+def test_a_stop_token_is_no_text_also_before_the_request_is_done(tokenizer):
+    tokens, stop = tokenizer.encode("Once upon a time"), tokenizer.encode("king")[0]
+    running = Running("r", None, (1,), Sampling(), frozenset([stop]), lambda: None, Chooser(Sampling()), TextStream(tokenizer))
+    running.tokens += tokens
+    first = running.take()
+    running.tokens.append(stop)  # the loop's thread appends, and only then says that it is done
+    second = running.take()
+    assert (first.text + second.text, first.finish, second.finish) == ("Once upon a time", "", "stop")
+    assert second.tokens == (stop,)
 
 
 def test_greedy_sampled_and_failed_rows_of_one_step():

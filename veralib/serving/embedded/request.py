@@ -51,11 +51,13 @@ class Running:
         done = self.done  # before the tokens: the last ones come first
         if self.error:
             raise self.error
-        new = self.tokens[self._shown :]
+        end = len(self.tokens)  # looked at once: the loop's thread appends meanwhile
+        new = self.tokens[self._shown : end]
         if not new and not done:
             return None
-        hidden = done and bool(self.tokens) and self.tokens[-1] in self.stops  # the token that ends the text isn't part of it
-        text = self.text.feed(new[:-1] if hidden and new else new, last=done)
+        # The token that ends the text isn't part of it, and comes before `done`.
+        hidden = end > 0 and self.tokens[end - 1] in self.stops
+        text = self.text.feed(new[:-1] if hidden and new else new, last=done or hidden)
         logprobs = tuple(self.chooser.logprobs[self._shown : self._shown + len(new)])
         self._shown += len(new)
         finish = "stop" if self.text.stopped or hidden else "length" if done else ""

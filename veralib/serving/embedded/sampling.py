@@ -89,8 +89,9 @@ class Chooser:
     """Its logits weren't finite: an adapter of huge numbers, say."""
 
     def __post_init__(self) -> None:
-        self.random = random.Random(self.sampling.seed)  # without a seed: from the system's entropy
         s = self.sampling
+        # Without a seed: from the system's entropy. Random(-1) would be Random(1).
+        self.random = random.Random(None if s.seed is None else s.seed % 2**64)
         self.plain = s.greedy and s.logprobs is None and not s.presence_penalty and not s.frequency_penalty
 
 
