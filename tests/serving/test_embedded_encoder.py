@@ -168,6 +168,26 @@ def test_a_head_of_other_classes_and_no_head(tmp_path):
         engine.classify(["abc"])
 
 
+def test_an_adapter_without_a_head_has_no_classes_where_the_base_has_none(tmp_path):
+    """The bare encoder, loaded with --labels: its head is random."""
+    tiny_bert().bert.save_pretrained(tmp_path / "base")
+    store = open_store(tmp_path / "store")
+    vera = attach(tiny_bert())
+    for name, heads in (("with", ["classifier"]), ("without", [])):
+        vera.add(VeraConfig(rank=2, targets=["query"], train_modules=heads), name)
+        store.put(name, vera.adapter(name))
+    with EncoderEngine(str(tmp_path / "base"), store, tokenizer=Letters(), labels=3, device="cpu") as engine:
+        assert len(engine.classify(["abc"], "with")[0]) == 3
+        assert len(engine.embed(["abc"], "without")[0]) == 32
+        with pytest.raises(BadAdapter, match='"without" brings no classification head'):
+            engine.classify(["abc"], "without")
+        with served(make_app(engine)) as url:
+            status, answer = call(url + "/classify", {"model": "without", "input": "abc"})
+            assert (status, answer["error"]["code"]) == (422, "bad_adapter")
+            assert call(url + "/classify", {"model": "with", "input": "abc"})[0] == 200
+        assert all(not entry.pins for entry in engine.residents.entries.values()) and not engine.load
+
+
 GPT2 = dict(n_embd=32, n_layer=2, n_head=2, n_positions=64, bos_token_id=1, eos_token_id=2)
 LLAMA = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=64)
 

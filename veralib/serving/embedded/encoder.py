@@ -117,8 +117,9 @@ class EncoderEngine:
         if wrong := next((t for t in tokens if not 0 <= t < size), None):
             raise BadRequest(f"a text holds token {wrong}, expected 0 to {size - 1}.", "input")
 
-    def submit(self, texts: Sequence[Sequence[int]], model: str | None = None) -> "list[Future[Encoded]]":
-        """Starts to encode texts, given as tokens. BadRequest, UnknownName, BadAdapter, EngineBusy, EngineError."""
+    def submit(self, texts: Sequence[Sequence[int]], model: str | None = None, classes: bool = False) -> "list[Future[Encoded]]":
+        """Starts to encode texts, given as tokens; classes: for their logits. BadRequest, UnknownName, BadAdapter, EngineBusy,
+        EngineError."""
         for tokens in texts:
             self.check_prompt(tokens)
         if not self.alive or self._closing:
@@ -130,6 +131,8 @@ class EncoderEngine:
             for tokens in texts:
                 adapter = None if model is None or model == self.name else self.residents.pin(model)
                 jobs.append(Job(list(tokens), adapter))
+                if classes and adapter is not None:
+                    self._check_own_head(adapter)
         except BaseException:
             for job in jobs:
                 if job.adapter is not None:
@@ -148,7 +151,7 @@ class EncoderEngine:
     def classify(self, texts: Sequence[str], model: str | None = None) -> list[list[float]]:
         """Each text's probabilities of the classes."""
         self.check_head(model)
-        answers = [f.result().logits for f in self.submit([self.encode(t) for t in texts], model)]
+        answers = [f.result().logits for f in self.submit([self.encode(t) for t in texts], model, classes=True)]
         return [a.softmax(-1).tolist() for a in answers if a is not None]
 
     def check_head(self, model: str | None) -> None:
@@ -157,6 +160,14 @@ class EncoderEngine:
             raise BadRequest("this model has no classification head: load it with one (--labels N).", "model")
         if not self.head_is_trained and (model is None or model == self.name):
             raise BadRequest("the base model's classification head was never trained: name an adapter that brings one.", "model")
+
+    def _check_own_head(self, adapter: str) -> None:
+        heads, inner = self.residents.member(adapter).heads, f"{self.model.base_model_prefix}."
+        if not self.head_is_trained and all(head.startswith(inner) for head in heads):
+            raise BadAdapter(
+                f'the adapter "{adapter.partition("@")[0]}" brings no classification head, and the base model\'s was never '
+                "trained: train the adapter with one (train_modules)."
+            )
 
     def close(self) -> None:
         """Ends the thread after what waits."""

@@ -24,12 +24,12 @@ def add_encoder_routes(app: FastAPI, engine: EncoderEngine, metrics: Metrics) ->
         metrics.cancelled.inc()
         return Response(status_code=499)  # nobody reads it
 
-    async def encode(given: Any, model: str, request: Request) -> tuple[list[Encoded], dict[str, int]]:
+    async def encode(given: Any, model: str, request: Request, classes: bool = False) -> tuple[list[Encoded], dict[str, int]]:
         inputs = several(given, "input")
         texts = await aside(sum(map(len, inputs)), lambda: [t if isinstance(t, list) else engine.encode(t) for t in inputs])
         if len(texts) > engine.max_requests:
             raise BadRequest(f"{len(texts)} texts are more than this engine takes: {engine.max_requests}.", "input")
-        encoded = await until_gone(request, _answers(engine, texts, model))
+        encoded = await until_gone(request, _answers(engine, texts, model, classes))
         tokens = sum(e.tokens for e in encoded)
         metrics.prompt_tokens.inc(tokens)
         return encoded, {"prompt_tokens": tokens, "total_tokens": tokens, "completion_tokens": 0}
@@ -50,7 +50,7 @@ def add_encoder_routes(app: FastAPI, engine: EncoderEngine, metrics: Metrics) ->
         """The probabilities of the classes, by the adapter's own head; vLLM's form."""
         body.refuse_the_rest()
         engine.check_head(body.model)
-        encoded, usage = await encode(body.input, body.model, request)
+        encoded, usage = await encode(body.input, body.model, request, classes=True)
         data = []
         for i, e in enumerate(encoded):
             assert e.logits is not None
@@ -62,9 +62,9 @@ def add_encoder_routes(app: FastAPI, engine: EncoderEngine, metrics: Metrics) ->
         return {"id": name, "object": "list", "created": int(time.time()), "model": body.model, "data": data, "usage": usage}
 
 
-async def _answers(engine: EncoderEngine, texts: list[list[int]], model: str) -> list[Encoded]:
+async def _answers(engine: EncoderEngine, texts: list[list[int]], model: str, classes: bool) -> list[Encoded]:
     """What the engine says. Cancelled, it takes out what hasn't begun."""
-    submitted = asyncio.get_running_loop().run_in_executor(engine.readers, engine.submit, texts, model)
+    submitted = asyncio.get_running_loop().run_in_executor(engine.readers, engine.submit, texts, model, classes)
     try:
         answers = await asyncio.shield(submitted)
     except asyncio.CancelledError:  # the client left while its adapter was read
