@@ -6,7 +6,7 @@
 
 The eager form does no more than the step asks for: the tokens, pieces, ranks and bases that it holds. The static form, for
 torch.compile and CUDA graphs, does everything always, with shapes that depend on the number of tokens alone. With veralib.kernels
-on, it is one kernel a piece and basis, and a token without an adapter costs its tile's share of nothing.
+on, it is one kernel a piece and basis, which leaves tokens without an adapter alone.
 """
 
 from collections.abc import Iterable
@@ -161,11 +161,11 @@ class Site:
     def _add_fused(self, us: list[Tensor], sums: Tensor) -> None:
         t, n = self.tables, sums.shape[0]
         for piece, columns_d, columns_b in zip(self.place.pieces, self.columns_d, self.columns_b, strict=True):
-            B = self.bases.B(piece.start, piece.start + piece.width)
+            B, out = self.bases.B(piece.start, piece.start + piece.width), sums[:, piece.out : piece.out + piece.width]
+            # Without the last row, which is zero: its index then names nobody, and such a token is left alone.
+            d, b = t.d[:-1, columns_d], t.b[:-1, columns_b]
             for k, u in enumerate(us):
-                # Without the last row, which is zero: its index then names nobody, and such a token is left alone.
-                d, b = t.d[:-1, columns_d], t.b[:-1, columns_b]
-                _mixed_add(sums[:, piece.out : piece.out + piece.width], u, d, b, t.rows_of[k, :n], B[k])
+                _mixed_add(out, u, d, b, t.rows_of[k, :n], B[k])
 
 
 @torch.library.custom_op("veralib::mixed_add_", mutates_args={"out"})
