@@ -137,6 +137,24 @@ def test_table_1_models_need_no_config():
     assert found.rows[-1].parameters == weight_parameters(table_1_shapes("roberta-base"))
 
 
+@pytest.mark.parametrize("train", ["both", "d", "b"])
+def test_what_doesnt_train_is_stored_and_not_counted(tmp_path, train):
+    from veralib import attach
+
+    config = VeraConfig(rank=16, train=train)
+    model = tiny_bert()
+    model.save_pretrained(tmp_path)
+    vera = attach(model, config)
+    row = budget(str(tmp_path), config).rows[0]
+    assert row.parameters == vera.trainable_parameters()[0] > 0
+    assert row.bytes == 4 * vera.adapter().parameters
+
+
+def test_a_name_of_table_1_is_no_shortcut_past_chosen_layers(monkeypatch):
+    monkeypatch.setattr("veralib.budget.meta_model", lambda name: tiny_bert())
+    assert len(budget("roberta-base", VeraConfig(rank=16, layers=[1])).layers) == 2
+
+
 def test_faults_name_what_is_wrong(tmp_path):
     with pytest.raises(ConfigError, match="no model folder"):
         budget(str(tmp_path / "absent"))

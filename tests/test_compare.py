@@ -195,6 +195,28 @@ def test_a_grids_page_is_rendered_from_its_files(tmp_path):
     assert "(results/quality.png)" in (tmp_path / "glue.md").read_text() and json.loads((tmp_path / "glue.json").read_text())
 
 
+def test_a_diverged_seed_is_shown_and_stops_no_page(tmp_path):
+    methods = {n: {"method": "vera", "sweep": {"lr": [0.1]}} for n in ("LoRA r=1", "VeRA")}
+    raw = {"title": "A grid", "common": {"model": "m", "data": "d", "metric": "matthews"}, "methods": methods}
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump({**raw, "tasks": {"cola": {}}, "seeds": [0, 1, 2]}))
+    out = tmp_path / "results"
+    (out / "cola").mkdir(parents=True)
+    for name in methods:
+        for seed in range(3):
+            score = math.nan if (name, seed) == ("VeRA", 1) else 0.5 + seed / 100
+            (out / "cola" / f"{name}{seed}.json".replace(" ", "-")).write_text(json.dumps(run(name, 0.1, seed, 0.5, score)))
+    grid.make("glue", tmp_path / "grid.yaml", tmp_path, out)
+    page = (out / "README.md").read_text()
+    assert "| 50.0 ± 0.0 | **nan ± nan** | 3 |" in page and "| **51.0 ± 1.0** | 3 |" in page
+    task, key = next(iter(zip(TASKS, TABLES["table2"].keys, strict=True)))
+    for seed, score in enumerate((0.5, math.nan, 0.6)):
+        place = tmp_path / "runs" / f"glue-{task}-base" / f"vera-seed{seed}"
+        place.mkdir(parents=True)
+        (place / "result.json").write_text(json.dumps({"metrics": {key: score}}))
+    (cell,) = [c for c in cells.table("table2", tmp_path / "runs")["cells"] if c["seeds"] == 3 and c["column"] != "Avg."]
+    assert math.isnan(cell["ours"]) and math.isnan(cell["spread"])
+
+
 def test_figure_4_has_the_printed_formula_and_the_gain(tmp_path):
     (tmp_path / "cola").mkdir()
     for name, parameters, accuracy in (("head only", 0, 0.5), ("VeRA", 8000, 0.6), ("LoRA r=1", 16000, 0.7)):

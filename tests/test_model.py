@@ -273,6 +273,23 @@ def test_an_adapters_bias_of_another_dtype_is_added_whatever_the_plan(tokens_of_
     torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_an_adapters_bias_under_autocast_leaves_the_output_in_its_dtype():
+    model, x = nn.Sequential(nn.Linear(16, 16)), torch.randn(2, 3, 16)
+    vera = attach(model, VeraConfig(rank=4, targets=["0"]))
+    randomise(vera, "default")
+    vera.load(dataclasses.replace(vera.adapter(), biases={"0": torch.randn(16)}), "biased")
+    vera.use("biased")
+    expected = model(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        one = model(x)
+        with vera.rows(["biased", "default"]):
+            mixed = model(x)
+    assert one.dtype == mixed.dtype == torch.bfloat16
+    torch.testing.assert_close(one.float(), expected, rtol=0.03, atol=0.03)
+    torch.testing.assert_close(mixed[0].float(), expected[0], rtol=0.03, atol=0.03)
+    assert (mixed[1].float() - expected[1]).abs().max() > 0.3
+
+
 @pytest.mark.parametrize("loaded", [False, True], ids=["trained", "resident"])
 @pytest.mark.parametrize("plan", [None, "factored", "merged-tokens", "merged-weights", "apart-tokens", "apart-weights"])
 def test_a_trained_bias_of_an_adapted_linear_gets_its_gradient(plan, loaded):

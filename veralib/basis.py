@@ -241,7 +241,15 @@ def _fingerprint(basis: Basis) -> str:
 
 
 def peft_pair(basis: Basis) -> tuple[Tensor, Tensor]:
-    """PEFT's A (rank, max_in) and B (max_out, rank), float32, bit for bit: one CPU generator, A first."""
+    """PEFT's A (rank, max_in) and B (max_out, rank), float32, bit for bit: one CPU generator, A first.
+
+    Raises ConfigError where a size is 0, as max_in is for a PEFT folder without its projections, read without its base.
+    """
+    if not (basis.rank and basis.max_in and basis.max_out):
+        raise ConfigError(
+            f"PEFT's A and B have rank {basis.rank}, {basis.max_in} inputs and {basis.max_out} outputs, and grow from all three; "
+            "0 isn't known yet. Load the adapter into its base model with vera.load, and save it from there."
+        )
     generator = torch.Generator(device="cpu").manual_seed(basis.seed)
 
     def draw(rows: int, columns: int) -> Tensor:

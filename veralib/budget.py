@@ -7,7 +7,7 @@ is the square case; VeRA's count is linear in r with slope 1 a layer, so even r 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from .config import VeraConfig
 from .errors import ConfigError, need
@@ -77,10 +77,11 @@ def budget(
     config = config or VeraConfig()
     if dtype not in BYTES:
         raise ConfigError(f"dtype is {dtype!r}, expected one of {', '.join(BYTES)}")
-    if model in TABLE_1_MODELS and not Path(model).exists() and config.targets is None and isinstance(config.rank, int):
+    plain = config.targets is None and config.layers is None and isinstance(config.rank, int)
+    if plain and model in TABLE_1_MODELS and not Path(model).exists():
         shapes = table_1_shapes(model)
         layers = {f"{i // 2}.{'query' if i % 2 == 0 else 'value'}": s for i, s in enumerate(shapes)}
-        ranks, total = [config.rank] * len(shapes), None
+        ranks, total = [cast(int, config.rank)] * len(shapes), None
     else:
         from .targets import find_targets
 
@@ -90,11 +91,12 @@ def budget(
         ranks, total = [t.rank for t in targets], sum(p.numel() for p in skeleton.parameters())
     shapes = list(layers.values())
     width = BYTES[dtype]
-    counts = [("vera", None if len(set(ranks)) > 1 else ranks[0], vera_parameters(shapes, ranks))]
-    counts += [("lora", r, lora_parameters(shapes, r)) for r in lora_ranks]
+    both = vera_parameters(shapes, ranks)  # stored, whichever of them train
+    trained = {"both": both, "d": sum(ranks), "b": both - sum(ranks)}[config.train]
+    counts: list[tuple[str, int | None, int]] = [("lora", r, lora_parameters(shapes, r)) for r in lora_ranks]
     counts += [("full", None, total)] if total is not None else [("these layers", None, weight_parameters(shapes))]
-    rows = tuple(Row(method, rank, count, count * width) for method, rank, count in counts)
-    return Budget(model, layers, total, rows)
+    ours = Row("vera", None if len(set(ranks)) > 1 else ranks[0], trained, both * width)
+    return Budget(model, layers, total, (ours, *(Row(method, rank, count, count * width) for method, rank, count in counts)))
 
 
 def meta_model(model: str, layers: Collection[str] = ()) -> Any:

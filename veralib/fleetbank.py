@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from .bank import Bank, Layout
 from .errors import StateError
 
-GONE = "an owner was removed and its slot given to another between forward and backward: do that after it."
+GONE = "an owner was removed between forward and backward: do that after it."
 
 
 class FleetBank(Bank):
@@ -48,7 +48,7 @@ class FleetBank(Bank):
         self.gradients = torch.zeros_like(self.chunks[0])
         self.touched: set[int] = set()
         self.generation = [0] * slots
-        """How often each slot has been given out: an optimiser's state is of one owner, not of a slot."""
+        """How often each slot has been given out or freed: an optimiser's state is of one owner, not of a slot."""
         self.free = list(range(slots - 1, -1, -1))
         self._anchor = torch.zeros((), device=device, requires_grad=True)  # what makes autograd come by
 
@@ -76,6 +76,7 @@ class FleetBank(Bank):
     def drop(self, slot: int) -> None:
         """Frees a slot; its gradient is gone."""
         super().drop(slot)
+        self.generation[slot] += 1
         self.clear([slot])
 
     def clear(self, slots: Any = None) -> None:

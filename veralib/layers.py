@@ -64,7 +64,7 @@ class Site:
         units = member.layout.by_layer.get(self.layer, ())
         own_bias = member.biases.get(self.layer)
         if not units:
-            return base(x) + _bias_change(module, own_bias, x)
+            return _with_bias(base(x), module, own_bias)
         vectors = member.tensors(units) if not _is_replica(module) else _replica_vectors(module, member, units, x.device)
         device = x.device.type
         autocast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
@@ -97,7 +97,7 @@ class Site:
         if W is None:
             h = base(x).reshape(-1, self.m)
             if own_bias is not None:
-                h = h + _bias_change(module, own_bias, x)
+                h = _with_bias(h, module, own_bias)
         if plan == "factored" or dropout:
             if dropout:
                 dropped = nn.functional.dropout(flat, dropout, training=True)
@@ -136,7 +136,7 @@ class Site:
             out = self.add_bucket(out, x, bucket, grad)
         for member in changed:
             mine = torch.tensor([m is member for m in selection.members], device=x.device)[:, None, None]
-            out = torch.where(mine, out + _bias_change(module, member.biases[self.layer], x), out)
+            out = torch.where(mine, _with_bias(out, module, member.biases[self.layer]), out)
         return out.reshape(h.shape)
 
     def check_rows(self, x: Tensor, selection: Selection) -> int:
@@ -206,11 +206,11 @@ def _replica_vectors(module: nn.Module, member: Member, units: Sequence[UnitSpec
     return [getattr(module, name) for u in units for name in member.owners[u.unit][1:]]
 
 
-def _bias_change(module: nn.Module, bias: Tensor | None, like: Tensor) -> Tensor:
-    """What replaces the base's bias by the adapter's, (m,)."""
+def _with_bias(out: Tensor, module: nn.Module, bias: Tensor | None) -> Tensor:
+    """out with the adapter's bias, (m,), in place of the base's; in out's dtype, which autocast chose."""
     assert bias is not None
     old = module.bias if isinstance(module.bias, Tensor) else 0.0
-    return (bias.to(like.device) - old).to(like.dtype if like.is_floating_point() else torch.float32)
+    return out + (bias.to(out.device) - old).to(out.dtype)
 
 
 class VeraLayer:

@@ -105,6 +105,16 @@ def test_an_interrupted_file_is_gone_on_with(llama, questions, tmp_path):
         answer_locally(questions, local, tmp_path / "a.jsonl", **{**given, "sampling": Sampling(0.0, 9)})
 
 
+def test_ids_with_leading_zeros_stay_texts_and_nothing_is_asked_twice(llama, tmp_path):
+    asked = [{**question, "question_id": f"00{i}"} for i, question in enumerate(ASKED[1:], 1)]
+    questions = read_questions(write_jsonl(tmp_path / "q.jsonl", asked))
+    local, about = load_local(str(llama), None)
+    given = {"name": "t", "about": about, "sampling": GREEDY}
+    assert answer_locally(questions, local, tmp_path / "a.jsonl", **given) == 2
+    assert answer_locally(questions, local, tmp_path / "a.jsonl", **given) == 0
+    assert {line["question_id"] for line in lines(tmp_path / "a.jsonl")} == {"001", "002"}
+
+
 def test_temperatures_are_fastchats_and_the_seed_repeats_them(llama, tmp_path):
     heats = {
         c: Sampling().temperature_of(c)

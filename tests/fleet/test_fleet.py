@@ -269,8 +269,10 @@ def test_bad_inputs():
         owner_loss(torch.zeros(1, 3, 4), torch.zeros(1, 3, dtype=torch.long), [None])
     ids = tokens(1, 5)
     with vera.rows(["ann"]):
-        loss = owner_loss(vera.model(input_ids=ids).logits, ids, ["ann"])
+        loss, other = (owner_loss(vera.model(input_ids=ids).logits, ids, ["ann"]) for _ in range(2))
     fleet.remove("ann")
+    with pytest.raises(StateError, match="between forward and backward"):
+        other.backward()
     fleet.add("bob")
     with pytest.raises(StateError, match="between forward and backward"):
         loss.backward()

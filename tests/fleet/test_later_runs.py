@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from tests.fleet.workshop import SIZES, changed, flat, sentences, worker
 from tests.training import tiny
-from veralib import AdapterMismatch, UnknownName, attach
+from veralib import AdapterMismatch, StateError, UnknownName, attach
 from veralib.cli import build
 from veralib.fleet import folder as files
 from veralib.fleet.data import owner_data
@@ -134,3 +134,28 @@ def test_a_new_base_retrains_everyone_from_the_kept_rows(settings, rows, tmp_pat
     assert "finished" in status and "not finished" not in status
     refused = run("train", "--base", str(new), "--from", settings.output)
     assert refused.exit_code == 1 and "another --output" in refused.output
+
+
+def test_a_relative_store_is_the_same_from_another_folder(settings, tmp_path, monkeypatch):
+    work, elsewhere = tmp_path / "work", tmp_path / "elsewhere"
+    work.mkdir(), elsewhere.mkdir()
+    monkeypatch.chdir(work)
+    relative = changed(settings, output="fleet", store="adapters")
+    train_fleet(relative)
+    monkeypatch.chdir(elsewhere)
+    assert update_owner("../work/fleet", "ann", sentences("ann", 2, seed=5), progress=lambda line: None).version == 2
+    train_fleet(changed(settings, output="../work/fleet", store="../work/adapters"))  # the same settings: no refusal
+    assert files.forget_owner(Path("../work/fleet"), "ann") > 2
+    assert "ann" not in open_store(work / "adapters") and list(elsewhere.iterdir()) == []
+    (work / "adapters").rename(work / "away")
+    with pytest.raises(StateError, match="isn't there; nothing was removed"):
+        files.forget_owner(Path("../work/fleet"), "bob")
+    assert "bob" in files.ended(work / "fleet") and not (work / "adapters").exists()
+
+
+def test_of_two_standing_files_the_one_that_got_further_counts(tmp_path):
+    at = lambda taken: {"ann": {"taken": taken, "row": torch.full((3,), float(taken))}}  # noqa: E731
+    for rank, taken in ((0, 90), (1, 10)):  # two processes, interrupted; then one, interrupted again
+        files.save_standing(files.standing_file(tmp_path, rank), at(taken))
+    found = files.standing(tmp_path)["ann"]
+    assert found["taken"] == 90 and torch.equal(found["row"], torch.full((3,), 90.0))

@@ -9,8 +9,9 @@ import torch
 from tests.conftest import tiny_llama
 from tests.interop.folders import TOLERANCE, VARIANTS, Variant, biased_llama, distance, edit_config, edit_tensors, make, ours
 from veralib import attach
-from veralib.errors import AdapterFileError
+from veralib.errors import AdapterFileError, ConfigError
 from veralib.interop.peft import read_peft
+from veralib.store import open_store
 
 # PEFT's about save_projection; ours where a PEFT folder of a nameless model says nothing of its base.
 pytestmark = pytest.mark.filterwarnings("ignore:Specified to not:UserWarning", "ignore:adapter .* doesn't say which model")
@@ -90,3 +91,9 @@ def test_pickled_folder_runs_no_code(tmp_path):
     with pytest.raises(AdapterFileError, match="can't be read"):
         read_peft(tmp_path)
     assert not (tmp_path / "touched").exists()
+
+
+def test_folder_without_projections_says_what_it_lacks_where_a_store_would_keep_it(tmp_path):
+    make(VARIANTS["projections not saved"], tmp_path / "vera")
+    with pytest.raises(ConfigError, match=r"rank 6, 0 inputs and .*vera\.load"):
+        open_store(tmp_path / "store").put("ann", read_peft(tmp_path / "vera"))

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 from collections import Counter
+from pathlib import Path
 
 import peft
 import pytest
@@ -12,7 +13,7 @@ from tests.interop.folders import TOLERANCE, VARIANTS, Variant, biased_llama, di
 from veralib import VeraConfig, attach
 from veralib.errors import AdapterFileError, AdapterMismatch, ConfigError
 from veralib.interop.lora import reduce, to_lora, truncate
-from veralib.interop.peft import read_peft
+from veralib.interop.peft import read_peft, write_peft
 
 LAYER = "model.layers.0.self_attn.q_proj"
 
@@ -259,3 +260,13 @@ def test_lora_folder_isn_t_read_back_as_vera(tmp_path):
     to_lora(vera.adapter(), tmp_path)
     with pytest.raises(AdapterFileError, match="method LORA"):
         read_peft(tmp_path)
+
+
+@pytest.mark.parametrize("write", [to_lora, write_peft])
+def test_no_folder_of_pefts_is_written_over_a_veralib_adapter(tmp_path, write):
+    vera, _ = adapted(tiny_llama, basis="peft")
+    file = vera.save(tmp_path / "adapter_model.safetensors")
+    before = Path(file).read_bytes()
+    with pytest.raises(AdapterFileError, match="is a veralib adapter, which this would overwrite"):
+        write(vera.adapter(), tmp_path)
+    assert Path(file).read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["adapter_model.safetensors"]

@@ -3,6 +3,7 @@
 import errno
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +13,9 @@ import torch
 
 from tests.store.killing import filled
 from tests.store.samples import equal, trained
-from veralib import StoreError, VeraConfig
+from veralib import StoreError, UnknownName, VeraConfig
 from veralib.store import open_store
+from veralib.store.segments import Segments
 
 
 def test_a_compaction_that_failed_brings_nobody_back(tmp_path, monkeypatch):
@@ -138,7 +140,8 @@ def test_a_flipped_bit_is_found(tmp_path, kind):
 
 
 def _fresh(store):
-    getattr(store, "_maps", {}).clear()  # a mapped file that was written anew is another one
+    if hasattr(store, "_segments"):
+        store._segments.forget()  # a mapped file that was written anew is another one
     return store
 
 
@@ -214,3 +217,54 @@ def test_concurrent_writers_of_one_name(tmp_path, kind):
     assert value % 100 == 24 and reads > 4
     if kind == "packed":
         assert store.current("ann") == 101
+
+
+def test_a_power_cut_while_the_old_files_go_leaves_the_compacted_ones(tmp_path, monkeypatch):
+    store = open_store(tmp_path / "store", kind="packed")
+    for i in range(20):
+        store.put(f"owner {i}", filled(trained(), float(i)))
+    store.delete("owner 0")
+    real = Segments.remove
+
+    def remove(self, number):
+        real(self, number)
+        # What the disk may hold then: the removal, and of SQLite's log nothing, since an ordinary commit doesn't wait for it.
+        shutil.copytree(tmp_path / "store", tmp_path / "cut", ignore=shutil.ignore_patterns("index.sqlite-*"))
+
+    monkeypatch.setattr(Segments, "remove", remove)
+    store.compact()
+    monkeypatch.undo()
+    for where in ("store", "cut"):
+        found = open_store(tmp_path / where)
+        assert sorted(found.names()) == sorted(f"owner {i}" for i in range(1, 20))
+        assert next(iter(found.get("owner 7").vectors.values()))[0][0] == 7.0
+
+
+def test_a_lost_index_brings_back_no_version_that_was_dropped(tmp_path):
+    store = open_store(tmp_path, kind="packed", keep=2)
+    for value in (1.0, 2.0, 3.0, 4.0):
+        store.put("ann", filled(trained(), value))
+    store.close()
+    for file in tmp_path.glob("index.sqlite*"):
+        file.unlink()
+    again = open_store(tmp_path)
+    assert again.recovered == 4 and [v.number for v in again.versions("ann")] == [3, 4]
+
+
+def test_a_damaged_record_hides_its_own_name_alone(tmp_path):
+    store = open_store(tmp_path)
+    store.put("A" * 60, trained())  # so long that its record alone knows its name
+    store.put("ann", trained())
+    file = next(tmp_path.glob("adapters/*/*~*/*.vera"))
+    file.write_bytes(file.read_bytes()[:-1])
+    assert list(store.names()) == ["ann"] and len(store) == 1 and "new" not in store
+    with pytest.raises(UnknownName, match="ann"):
+        store.get("anne")
+
+
+def test_an_entry_that_bf16_cannot_say_is_refused_and_the_old_version_stays(tmp_path):
+    store = open_store(tmp_path, precision="bfloat16")
+    store.put("ann", filled(trained(), 1.0))
+    with pytest.raises(StoreError, match=r"3\.40282e\+38, more than bfloat16"):
+        store.put("ann", filled(trained(), torch.finfo(torch.float32).max))
+    assert next(iter(store.get("ann").vectors.values()))[0][0] == 1.0

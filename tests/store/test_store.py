@@ -177,7 +177,7 @@ def test_an_emptied_packed_store_gives_no_stamp_twice(tmp_path, lost):
     admin.put("ann", filled(adapter, 2.0))
     assert value(server.get("ann")) == value(admin.get("ann")) == 2.0
     assert server.stamp("ann") != stamp and engine_name(server, "ann") != name
-    assert len(server._maps) == 1  # the removed file's bytes aren't held
+    assert len(server._segments.mapped) == 1  # the removed file's bytes aren't held
 
 
 def test_bad_stores_and_settings(tmp_path):

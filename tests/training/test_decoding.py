@@ -4,9 +4,9 @@ import itertools
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from veralib.errors import ConfigError
+from veralib.errors import ConfigError, VeraWarning
 from veralib.training.decoding import Decoding, _no_repeat, write
 
 PROMPTS = ["the cat sees", "a big red house and the", "who"]
@@ -99,3 +99,13 @@ def test_faults_are_listed_at_once():
     with pytest.raises(ConfigError) as e:
         Decoding(max_new_tokens=0, beams=-1, length_penalty=float("nan"), no_repeat=-1)
     assert all(name in str(e.value) for name in ("max_new_tokens", "beams", "length_penalty", "no_repeat"))
+
+
+def test_a_prompt_as_long_as_the_model_reads_keeps_its_end(loaded):
+    _, tokenizer = loaded
+    torch.manual_seed(0)
+    config = GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=len(tokenizer), n_positions=32, bos_token_id=0, eos_token_id=0)
+    model, long = GPT2LMHeadModel(config).eval(), list(range(5, 15)) * 6
+    with pytest.warns(VeraWarning, match="1 of 2 prompts leave no room in the model's 32 positions"):
+        texts = write(model, tokenizer, [long, long[:3]], Decoding(max_new_tokens=8))
+    assert texts == write(model, tokenizer, [long[-24:], long[:3]], Decoding(max_new_tokens=8))

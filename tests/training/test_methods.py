@@ -12,7 +12,7 @@ from veralib.baselines import METHODS, find_method
 from veralib.baselines.dvora import Magnitude
 from veralib.baselines.dylora import DyLora
 from veralib.baselines.hooked import CHILD
-from veralib.errors import AdapterMismatch, ConfigError, UnknownName, VeraWarning
+from veralib.errors import AdapterFileError, AdapterMismatch, ConfigError, UnknownName, VeraWarning
 from veralib.format import load_adapter
 from veralib.interop.lora import to_lora
 from veralib.interop.peft import write_peft
@@ -190,6 +190,33 @@ def test_adalora_prunes_to_its_budget():
     assert sum(p.numel() for p in made.adapter) == 4 * 3 * (32 + 32 + 1)
     pattern = made.model.peft_config["default"].rank_pattern
     assert sorted(map(sum, pattern.values())) == sorted(ranks)
+    pattern |= {name: [True, True, True] for name in pattern}  # as before the pruning, of whose epochs the best may be one
+    assert made.adapter_parameters == 4 * 3 * (32 + 32 + 1)
+
+
+def test_a_row_of_zeros_stays_finite_in_dvora():
+    model = tiny_bert()
+    with torch.no_grad():
+        model.bert.encoder.layer[0].attention.self.value.weight[3] = 0
+    expected = model(tokens()).logits
+    made = attached("dvora", model)
+    torch.testing.assert_close(made.model(tokens()).logits, expected)
+    train(made)
+    after = made.model(tokens()).logits
+    assert after.isfinite().all() and not torch.equal(after, expected)
+    made.merge()
+    torch.testing.assert_close(made.model(tokens()).logits, after, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_that_are_gone_or_of_another_model_are_refused(tmp_path):
+    full = attached("full", tiny_bert())
+    for file in full.save(tmp_path, {}):
+        file.unlink()
+    with pytest.raises(AdapterFileError, match=r"holds no model\*\.safetensors"):
+        full.load(tmp_path)
+    attached("bitfit", tiny_bert(num_hidden_layers=4)).save(tmp_path, {})
+    with pytest.raises(AdapterMismatch, match=r'"bert\.encoder\.layer\.2.*give the base'):
+        attached("bitfit", tiny_bert(num_hidden_layers=2)).load(tmp_path)
 
 
 @pytest.mark.parametrize("method", ["adapter_h", "adapter_p", "adapter_l"])
@@ -200,6 +227,38 @@ def test_bottlenecks_find_their_places_in_gpt2(method):
     per = 2 * d * m + m + d
     expected = {"adapter_h": 2 * blocks * per, "adapter_p": blocks * per, "adapter_l": blocks * (per + 2 * d)}
     assert made.adapter_parameters == expected[method]
+
+
+SMALL = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=64)
+BLOCKS = {
+    "distilbert": dict(dim=32, n_layers=2, n_heads=2, hidden_dim=64, vocab_size=64),
+    "phi": SMALL,
+    "gpt_neo": dict(hidden_size=32, num_layers=2, num_heads=2, attention_types=[[["global"], 2]], vocab_size=64),
+    "mpnet": SMALL,
+    "gptj": dict(n_embd=32, n_layer=2, n_head=2, rotary_dim=8, vocab_size=64),
+    "mpt": dict(d_model=32, n_layers=2, n_heads=2, vocab_size=64),
+}
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_houlsbys_adapters_are_two_a_block_in_other_models_too(kind):
+    model = AutoModel.from_config(AutoConfig.for_model(kind, **BLOCKS[kind]))
+    per = 2 * 32 * 4 + 4 + 32
+    assert find_method("adapter_h")(model, settings_of("adapter_h"), ()).adapter_parameters == 2 * 2 * per
+
+
+def test_houlsbys_adapters_are_refused_where_one_of_their_places_isnt_known():
+    model = torch.nn.ModuleDict({"block": torch.nn.ModuleDict({"fc2": torch.nn.Linear(8, 8)})})
+    with pytest.raises(ConfigError, match="0 attentions and 1 MLPs: method=adapter_p"):
+        find_method("adapter_h")(model, settings_of("adapter_h"), ())
+
+
+@pytest.mark.parametrize("method", ["lora", "lora_fa", "adalora", "peft:vblora"])
+def test_peft_passes_over_no_target_in_silence(method):
+    with pytest.raises(ConfigError, match=r'no target "valeu".*"value"'):
+        attached(method, tiny_bert(), targets=("query", "valeu"))
+    with pytest.raises(ConfigError, match='"c_attn:q" is a part of one'):
+        find_method(method)(tiny_gpt2(), settings_of(method, task="causal-lm", targets=("c_attn:q", "c_proj")), ())
 
 
 ROBERTA = {

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import Future
+from contextlib import suppress
 
 import pytest
 import torch
@@ -108,8 +109,8 @@ def test_a_sweep_interrupted_in_the_middle_goes_on_and_repeats_nothing_that_ende
     grid = read_grid(grid_file, out)
     done = lambda: {p.name: p.stat().st_mtime_ns for p in out.glob("cola/*.json")}  # noqa: E731
     command = [sys.executable, "-m", "veralib.cli", "sweep", str(grid_file), "--output", str(out)]
-    # A session of its own, so that the signal reaches the worker too, as Ctrl-C in a terminal does; and a job in the background
-    # is started with SIGINT ignored.
+    # A session of its own, so that SIGINT reaches the worker too, as Ctrl-C in a terminal does; and a job in the background is
+    # started with SIGINT ignored. SIGKILL reaches the parent alone: communicate() ends only when its workers have, too.
     process = subprocess.Popen(
         command, start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -118,10 +119,10 @@ def test_a_sweep_interrupted_in_the_middle_goes_on_and_repeats_nothing_that_ende
         deadline = time.monotonic() + 300
         while len(done()) < 2 and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.005)
-        os.killpg(process.pid, how)
+        process.kill() if how == signal.SIGKILL else os.killpg(process.pid, how)
         said, _ = process.communicate(timeout=120)
     finally:
-        if process.poll() is None:
+        with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode != 0, said
     before = done()

@@ -54,6 +54,20 @@ def test_rates_are_swept_around_each_recipes_own(tmp_path, monkeypatch):
     assert grid.metrics == {"mrpc": "accuracy", "rte": "accuracy"} and settings[0].recipe == "glue-mrpc-base, honest"
 
 
+def test_a_rate_that_is_given_stays_beside_a_sweep_of_something_else_and_is_what_times_multiply(tmp_path, monkeypatch):
+    monkeypatch.delenv("VERALIB_DATA", raising=False)
+    methods = {
+        "ranks": {"method": "vera", "lr": 0.03, "sweep": {"rank": [4, 16]}},
+        "around": {"method": "vera", "lr": 0.03, "sweep": {"lr": {"times": [0.5, 2]}}},
+        "list": {"method": "vera", "lr": 0.03, "sweep": {"lr": [0.1, 0.2]}},
+        "alone": {"method": "vera", "lr": 0.03},
+    }
+    cells = read_grid(write(tmp_path, methods=methods, seeds=[0])).cells
+    rates = {name: [settings_of(c, "run").resolved_lr for c in cells if c.name == name] for name in methods}
+    assert rates == {"ranks": [0.03, 0.03], "around": [0.015, 0.06], "list": [0.1, 0.2], "alone": [0.03]}
+    assert [settings_of(c, "run").rank for c in cells if c.name == "ranks"] == [4, 16]
+
+
 def test_the_documents_grid_is_one(tmp_path, monkeypatch):
     monkeypatch.delenv("VERALIB_DATA", raising=False)
     (text,) = re.findall(r"```yaml\n(output: results/honest.*?)```", Path("docs/cli.md").read_text(), re.S)

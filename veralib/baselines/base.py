@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from ..errors import AdapterMismatch
+
 if TYPE_CHECKING:
     from ..merge_report import MergeReport
 
@@ -120,4 +122,9 @@ def load_tensors(model: nn.Module, path: Path) -> None:
     """Reads save_tensors' file back into the model."""
     from safetensors.torch import load_file
 
-    model.load_state_dict(load_file(path), strict=False)
+    unknown = model.load_state_dict(load_file(path), strict=False).unexpected_keys
+    if unknown:
+        kind = type(model).__name__
+        raise AdapterMismatch(
+            f'{path} holds "{unknown[0]}", which this {kind} doesn\'t have: give the base that it was trained on.'
+        )

@@ -22,8 +22,12 @@ if TYPE_CHECKING:
 FILE = "adapters.safetensors"
 _NUMBER = re.compile(r"\.(\d+)\.")
 # The linear whose output a block adds to its residual, by the end of its name.
-ATTENTION = re.compile(r"(^|\.|_)(attention\.output\.dense|attn\.(c_proj|o_proj|out_proj)|attention\.(o_proj|dense))$")
-MLP = re.compile(r"(^|\.)((?<!attention\.)output\.dense|mlp\.(c_proj|down_proj|fc2|dense_4h_to_h)|fc2|ffn\.lin2)$")
+ATTENTION = re.compile(
+    r"(^|\.|_)(attention\.output\.dense|attn\.(c_proj|o_proj|out_proj|dense|o)|attention\.(o_proj|out_proj|out_lin|dense))$"
+)
+MLP = re.compile(
+    r"(^|\.)((?<!attention\.)output\.dense|mlp\.(c_proj|down_proj|fc2|fc_out|dense_4h_to_h)|fc2|ffn\.(lin2|down_proj)|ffn_output)$"
+)
 ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "tanh": nn.Tanh}
 DROPPED = 5
 """Blocks that AdapterDrop leaves out, from the lowest."""
@@ -76,6 +80,13 @@ def _attach(model: nn.Module, settings: "Settings", head: tuple[str, ...], kind:
             f"{kind} knows no place in a {type(model).__name__}: no linear is called output.dense, c_proj, o_proj, down_proj or "
             f"fc2{', outside the dropped blocks' if options['drop'] else ''}."
         )
+    if kind == "adapter_h":
+        of = {what: sum(bool(end.search(n)) for n in found) for what, end in (("attention", ATTENTION), ("MLP", MLP))}
+        if min(of.values()) == 0:
+            raise ConfigError(
+                f"adapter_h goes behind attention and MLP, and of a {type(model).__name__} it knows the end of {of['attention']} "
+                f"attentions and {of['MLP']} MLPs: method=adapter_p is the one behind the MLP alone."
+            )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         parts = {name: Bottleneck(d, rank, options["activation"], kind == "adapter_l") for name, d in found.items()}

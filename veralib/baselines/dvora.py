@@ -44,10 +44,10 @@ class Magnitude(nn.Module):
         return delta_weight(spec.A(W), spec.B(W), d * spec.scale, b)
 
     def factor(self, module: nn.Module) -> Tensor:
-        """mag / ‖W0 + ΔW‖ of each row, (m,)."""
+        """mag / ‖W0 + ΔW‖ of each row, (m,); 1 where the row is zero."""
         with torch.no_grad():
             norms = (read_weight(module).float() + self.delta(module)).norm(dim=1)
-        return self.magnitude / norms
+        return torch.where(norms == 0, 1.0, self.magnitude / norms.masked_fill(norms == 0, 1.0))
 
     @torch.no_grad()
     def change(self, module: nn.Module) -> Tensor:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from ..errors import AdapterFileError
 from .base import Attached, Notes, batch_norms
 
 if TYPE_CHECKING:
@@ -31,7 +32,10 @@ def attach_full(model: Any, settings: "Settings", head: tuple[str, ...]) -> Atta
     def load(folder: Path) -> None:
         from safetensors.torch import load_file
 
-        for file in sorted(folder.glob("model*.safetensors")):
+        files = sorted(folder.glob("model*.safetensors"))
+        if not files:
+            raise AdapterFileError(f"{folder} holds no model*.safetensors, where the trained weights were: copy the run again.")
+        for file in files:
             model.load_state_dict(load_file(file), strict=False)
 
     def statistics() -> dict[str, Tensor]:

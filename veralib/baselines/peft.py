@@ -59,12 +59,12 @@ def attach_adalora(model: nn.Module, settings: "Settings", head: tuple[str, ...]
 
     def counted() -> int:
         kept = wrapped.peft_config["default"].rank_pattern or {}
-        return sum(
-            sum(kept.get(name, kept.get(name.replace(".default", ""), [1] * rank))) * (layer.in_features + layer.out_features + 1)
-            for name, layer in (
-                (f"{n.removeprefix('base_model.')}.lora_E.default", m) for n, m in wrapped.named_modules() if hasattr(m, "lora_E")
-            )
-        )
+        total = 0
+        for name, layer in wrapped.base_model.model.named_modules():
+            if hasattr(layer, "lora_E"):
+                which = kept.get(f"{name}.lora_E.default", kept.get(f"{name}.lora_E", [1] * rank))
+                total += sum(which) * (layer.in_features + layer.out_features + 1)
+        return total
 
     def more() -> dict[str, Tensor]:
         """The sensitivities that ranks are chosen by, and which were kept."""
@@ -120,6 +120,16 @@ def _rank(settings: "Settings", what: str) -> int:
     return rank
 
 
+def _check(model: nn.Module, targets: str | tuple[str, ...], kind: str) -> None:
+    """PEFT passes over a name that fits nothing as long as another fits. ConfigError for it, and for a part of a fused linear."""
+    names = [name for name, _ in model.named_modules()]
+    for target in targets if isinstance(targets, tuple) else ():
+        if ":" in target:
+            raise ConfigError(f'PEFT\'s {kind} adapts whole modules, and "{target}" is a part of one: name it whole in targets.')
+        if not any(name == target or name.endswith(f".{target}") for name in names) and target != "all-linear":
+            raise ConfigError(unknown_text("target", target, dict.fromkeys(n.rpartition(".")[2] for n in names if n)))
+
+
 def _attach(
     model: nn.Module,
     settings: "Settings",
@@ -138,6 +148,7 @@ def _attach(
         values.setdefault("modules_to_save", list(head) or None)
     if "target_modules" in known:
         if settings.targets is not None:
+            _check(model, settings.targets, kind)
             values["target_modules"] = list(settings.targets) if isinstance(settings.targets, tuple) else settings.targets
         else:
             values.setdefault("target_modules", _default_targets(model))

@@ -21,7 +21,7 @@ def digest(value: Any) -> str:
 
 def plain_id(key: str) -> int | str:
     """A question's id as FastChat writes it: a number where it is one."""
-    return int(key) if key.isdecimal() else key
+    return int(key) if key.isdecimal() and str(int(key)) == key else key
 
 
 def read_log(path: str | Path) -> tuple[list[Record], int]:

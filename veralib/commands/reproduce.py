@@ -43,6 +43,7 @@ def reproduce(
 def _whole(found: dict[str, Any]) -> str:
     """How much of a table or figure its result files fill."""
     cells = found.get("cells", [])
+    cells = [c for c in cells if c["ours"] is not None or c.get("command", True)]  # an average over columns has none of its own
     missing = sum(1 for c in cells if c["ours"] is None)
     if missing:
         return f"{missing} of {len(cells)} cells have no run; their commands are in the file"

@@ -191,11 +191,10 @@ def _items(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], where: str
         column_values(rows, completion, where)
         rows = e2e.grouped(rows, prompt, completion)
     items = []
-    for number, (text, references) in enumerate(
-        zip(column_values(rows, prompt, where), column_values(rows, "references", where), strict=True), 1
-    ):
+    for text, references in zip(column_values(rows, prompt, where), column_values(rows, "references", where), strict=True):
         if not isinstance(references, list) or not references or not all(isinstance(r, str) and r.strip() for r in references):
-            raise DataError(f"row {number} of {where} has references {str(references)[:80]!r}, expected a list of texts")
+            given = f"the prompt {str(text)[:80]!r} of {where} has references {str(references)[:80]!r}"
+            raise DataError(f"{given}, expected a list of texts")
         items.append(Item(str(text), tuple(" ".join(r.split()) for r in references)))
     if len({item.prompt for item in items}) < len(items):
         raise DataError(f"{where} has a prompt twice: give each prompt one row with all its references")

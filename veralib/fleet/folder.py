@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from ..errors import StateError
 from ..store import open_store
+from ..store.folder import ABOUT
 from ..training.folder import write_json
 from .data import kept_file
 from .settings import FleetSettings
@@ -30,10 +31,12 @@ TENSORS = ("row", "exp_avg", "exp_avg_sq", "best_row")
 
 def open_folder(settings: FleetSettings, folder: Path, labels: Sequence[str] = ()) -> None:
     """Makes the folder this run's. StateError where it is one of other settings. Labels are those of its first run."""
-    mine = {k: v for k, v in settings.to_dict().items() if k not in FREE}
+    written = {**settings.to_dict(), "store": _absolute(settings.store)}
+    mine = {k: v for k, v in written.items() if k not in FREE}
     mark = folder / "run.json"
     if mark.exists():
         old = read_settings(folder)
+        old["store"] = _absolute(old.get("store"))
         changed = [f"{k} was {old.get(k)!r}, now {mine[k]!r}" for k in mine if k in old and old[k] != mine[k]]
         if changed:
             raise StateError(
@@ -41,9 +44,14 @@ def open_folder(settings: FleetSettings, folder: Path, labels: Sequence[str] = (
             )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(mark, {"settings": settings.to_dict(), "labels": read_labels(folder) or list(labels)})
+        write_json(mark, {"settings": written, "labels": read_labels(folder) or list(labels)})
     except OSError as e:
         raise StateError(f"can't write to the output folder {folder}: {e.strerror or e}.") from e
+
+
+def _absolute(store: str | None) -> str | None:
+    """A store's name that means the same from every working folder."""
+    return os.path.abspath(store) if store and "://" not in store else store
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -121,7 +129,9 @@ def standing(folder: Path, shared: bool = False) -> dict[str, dict[str, Any]]:
     """Owner -> state, of every process of an interrupted run; or of its shared start."""
     found: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.glob("shared-standing.safetensors" if shared else "standing-*.safetensors")):
-        found |= _standing_in(path)
+        for name, state in _standing_in(path).items():
+            if name not in found or state["taken"] >= found[name]["taken"]:  # another rank's file may be of an earlier run
+                found[name] = state
     return found
 
 
@@ -136,12 +146,18 @@ def _standing_in(path: Path) -> dict[str, dict[str, Any]]:
 
 def forget_owner(folder: Path, name: str) -> int:
     """Removes all that a fleet's folder holds of one owner, in its own store too; the run must not be going on. How many things
-    that were: versions, kept rows, lines, a place in a slot."""
-    settings, gone = read_settings(folder), 0
-    store = open_store(settings["store"] or folder / "store")
-    if name in store:
-        gone += len(store.versions(name))
-        store.delete(name)
+    that were: versions, kept rows, lines, a place in a slot. StateError, and nothing removed, where its store is gone."""
+    given, gone = read_settings(folder)["store"], 0
+    where = given or str(folder / "store")
+    if "://" in where or (Path(where) / ABOUT).exists():
+        store = open_store(where)
+        if name in store:
+            gone += len(store.versions(name))
+            store.delete(name)
+    elif given:
+        raise StateError(
+            f"{where}, the store that the fleet in {folder} fills, isn't there; nothing was removed. Bring it back first."
+        )
     if (kept := kept_file(folder, name)).exists():
         kept.unlink()
         gone += 1

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..adapter import Adapter
@@ -87,6 +88,14 @@ def plain_key(key: str) -> str:
     return key
 
 
+def _is_veralib(file: Path) -> bool:
+    try:
+        with safe_open(file, "pt") as f:
+            return "vera_format" in (f.metadata() or {})
+    except (OSError, SafetensorError):  # no file, or a damaged one
+        return False
+
+
 def write_folder(folder: str | Path, adapter: Adapter, config: dict[str, Any], tensors: dict[str, Tensor]) -> Path:
     """The folder, with PEFT's two files: the method's config and tensors, and what is the same for VeRA and LoRA.
 
@@ -120,6 +129,8 @@ def write_folder(folder: str | Path, adapter: Adapter, config: dict[str, Any], t
         "auto_mapping": None,
     }
     folder = Path(folder)
+    if _is_veralib(folder / WEIGHTS_FILE):
+        raise AdapterFileError(f"{folder / WEIGHTS_FILE} is a veralib adapter, which this would overwrite: name another folder.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as scratch:

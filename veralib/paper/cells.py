@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..recipes import settings_of
+from .compare import finite, spread
 from .pages import page, write
 from .published import TABLES, Printed, Row
 
@@ -76,7 +77,7 @@ def table(name: str, runs: Path = RUNS) -> dict[str, Any]:
     beside: a score of another metric, by its name, where ours isn't there.
     """
     printed, cells = TABLES[name], []
-    average = statistics.median if printed.average == "median" else statistics.mean
+    average = finite(statistics.median if printed.average == "median" else statistics.mean)
     for row in printed.rows:
         for at, column in enumerate(printed.columns):
             recipe, key = row.recipes[at], printed.keys[at]
@@ -85,7 +86,7 @@ def table(name: str, runs: Path = RUNS) -> dict[str, Any]:
             cell: dict[str, Any] = {"block": row.block, "method": row.label, "parameters": row.parameters, "column": column}
             cell |= {"printed": row.values[at], "printed_spread": row.spread[at] if row.spread else None}
             cell |= {"ours": average(ours) if ours else None, "seeds": len(ours)}
-            cell["spread"] = statistics.stdev(ours) if len(ours) > 1 else None
+            cell["spread"] = spread(ours) if len(ours) > 1 else None
             cell["difference"] = cell["ours"] - cell["printed"] if ours else None
             cell["beside"] = {n: average(of) for n, of in found.items()}
             trained = (runs / recipe / f"{slug(row)}-seed0" / "result.json").exists()

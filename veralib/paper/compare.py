@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,20 @@ MARGIN = 1.0
 
 FEWEST = 3
 """Seeds below which no interval is drawn."""
+
+
+def finite(of: Callable[[Iterable[float]], float]) -> Callable[[Iterable[float]], float]:
+    """A statistic that is NaN where a run diverged; those of Python's own library fail on NaN, or sort it anywhere."""
+
+    def run(values: Iterable[float]) -> float:
+        known = list(values)
+        return of(known) if all(math.isfinite(v) for v in known) else math.nan
+
+    return run
+
+
+spread = finite(statistics.stdev)
+"""The standard deviation of two or more scores."""
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,14 @@ from typing import Any
 
 from ..training.grid import Grid, read_grid
 from ..training.sweep import load_results
-from .compare import MARGIN, Line, chosen, paired, verdict
+from .compare import MARGIN, Line, chosen, finite, paired, spread, verdict
 from .pages import Table, page, write
 
 COLUMNS = ("method", "trained parameters", "adapter bytes", "rate", "held-out", "test", "seeds", "ms a step")
 
 
 X_LABELS = {"bytes": "bytes stored for an adapter and its head", "parameters": "trained parameters"}
-AVERAGES = {"mean": statistics.mean, "median": statistics.median}
+AVERAGES = {"mean": finite(statistics.mean), "median": finite(statistics.median)}
 
 
 def make(
@@ -86,7 +86,7 @@ def make(
 def average_std(values: Any, average: str = "mean") -> str:
     """ "mean ± standard deviation" of scores, or the median."""
     values = list(values)
-    return f"{AVERAGES[average](values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+    return f"{AVERAGES[average](values):.1f}" + (f" ± {spread(values):.1f}" if len(values) > 1 else "")
 
 
 def _line(line: Line, average: str) -> tuple[str, ...]:
@@ -141,8 +141,8 @@ def _plot(by_task: Mapping[str, list[Line]], grid: Grid, path: Path, average: st
             scores = list(line.scores.values())
             y = AVERAGES[average](scores)
             x = line.bytes if grid.over == "bytes" else max(line.parameters, 1)
-            spread = statistics.stdev(scores) if len(scores) > 1 else 0
-            points[line.name] = axis.errorbar(x, y, yerr=spread, linestyle="", **look[line.name])
+            bar = spread(scores) if len(scores) > 1 else 0
+            points[line.name] = axis.errorbar(x, y, yerr=bar, linestyle="", **look[line.name])
         axis.set(xscale="log", xlabel=X_LABELS[grid.over], ylabel=f"{grid.metrics[task]} × 100", title=task)
         axis.margins(x=0.1)
     figure.tight_layout()

@@ -117,7 +117,13 @@ def encode(adapter: Adapter, configuration: Configuration) -> bytes:
     if not torch.isfinite(flat).all():
         raise StoreError("the adapter's vectors hold NaN or inf, so it wasn't stored: its training diverged. Lower the rate.")
     if configuration.precision == "bfloat16":
-        body = flat.bfloat16().view(torch.int16).numpy().tobytes()
+        low = flat.bfloat16()
+        if not torch.isfinite(low).all():
+            raise StoreError(
+                f"the adapter's largest entry is {flat.abs().max():g}, more than bfloat16 can say, so it wasn't stored: use a "
+                "float32 store, or lower the learning rate."
+            )
+        body = low.view(torch.int16).numpy().tobytes()
     elif configuration.precision == "int8":
         body = b"".join(t.numpy().tobytes() for t in _to_int8(flat, [n for _, n in configuration.vectors]))
     else:

@@ -8,6 +8,7 @@ The version with the greatest file name is the current one. Nothing is ever chan
 make two files, and one of them is the greatest.
 """
 
+import logging
 import re
 import secrets
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,7 @@ from .files import Files
 from .names import decoded, key_of, shard_of
 from .record import Record, parse
 
+LOG = logging.getLogger(__name__)
 ABOUT = "store.json"
 _FILE = re.compile(r"(\d{12})-[0-9a-f]{8}\.vera")
 _ESCAPED = re.compile(r"=([0-9a-f]{2})")
@@ -44,7 +46,13 @@ class FolderStore(Store):
         for shard in self.files.list("adapters"):
             for key in self.files.list(f"adapters/{shard}"):
                 # Where the key already tells, its folder isn't listed.
-                found = self._name_of(shard, key) if key.startswith(start) else None
+                try:
+                    found = self._name_of(shard, key) if key.startswith(start) else None
+                except StoreError as e:
+                    if isinstance(e, StoreUnavailable):
+                        raise
+                    LOG.warning("passed over, since only its records know its name and none can be read: %s", e)
+                    continue
                 if found is not None and found.startswith(prefix):
                     yield found
 

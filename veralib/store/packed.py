@@ -9,9 +9,7 @@ appends, waits for the disk, then writes the index, so a crash between the two l
 """
 
 import contextlib
-import errno
 import fcntl
-import mmap
 import os
 import sqlite3
 import threading
@@ -24,9 +22,9 @@ from ..errors import StoreError, StoreUnavailable
 from .base import Store, Version
 from .codec import Configuration, Precision, digest_of
 from .names import decoded, encoded
-from .record import ADAPTER, FORMAT, HEAD, MAGIC, TOMBSTONE, Record, length_at, parse
+from .record import ADAPTER, TOMBSTONE, Record, parse
+from .segments import SEGMENT_BYTES, Segments, sync_folder
 
-SEGMENT_BYTES = 2**30  # a new file is begun when the last one is this large
 _TABLES = """
 CREATE TABLE IF NOT EXISTS adapters(
     name BLOB NOT NULL, version INTEGER NOT NULL, segment INTEGER NOT NULL, place INTEGER NOT NULL, length INTEGER NOT NULL,
@@ -46,8 +44,7 @@ class PackedStore(Store):
         super().__init__(precision, keep)
         self.root = root
         self._local = threading.local()
-        self._maps: dict[int, mmap.mmap] = {}
-        self._mapping = threading.Lock()
+        self._segments = Segments(root)
         self.recovered = 0
         """Records that the index lacked when the store was opened: written by somebody who was killed."""
         self.damaged = 0
@@ -60,8 +57,7 @@ class PackedStore(Store):
 
     def close(self) -> None:
         super().close()
-        with self._mapping:
-            self._maps.clear()
+        self._segments.forget()
         if (index := getattr(self._local, "index", None)) is not None:
             index.close()
             del self._local.index
@@ -125,29 +121,13 @@ class PackedStore(Store):
                     self.current(name)
                 raise self._unknown(name, version)
             try:
-                return self._slice(*rows[0])
+                return self._segments.read(*rows[0])
             except FileNotFoundError as e:  # compacted between the two looks
                 if attempt == 3:
                     raise StoreError(f'{e.filename}, which holds adapter "{name}", is gone: restore it from a backup.') from e
             except OSError as e:
                 raise StoreUnavailable(f"can't read {self.root}: {e.strerror or e}.") from e
         raise AssertionError("unreachable")
-
-    def _slice(self, segment: int, place: int, length: int) -> memoryview:
-        with self._mapping:
-            known = self._maps.get(segment)
-            if known is None or len(known) < place + length:
-                with open(self._data(segment), "rb") as f:
-                    size = os.fstat(f.fileno()).st_size
-                    if size < place + length:
-                        raise StoreError(
-                            f"{f.name} ends at byte {size}, and a record of the index goes to {place + length}: it was cut. Open "
-                            "the store anew; complete records survive."
-                        )
-                    known = self._maps[segment] = mmap.mmap(f.fileno(), size, access=mmap.ACCESS_READ)
-                for other in [n for n in self._maps if not self._data(n).exists()]:  # compacted away by somebody else
-                    del self._maps[other]
-        return memoryview(known)[place : place + length]
 
     # Changed
 
@@ -179,19 +159,17 @@ class PackedStore(Store):
     def compact(self) -> int:
         """Writes what is still wanted into new files and removes the old ones; returns how many bytes that freed."""
         with self._exclusive() as index:
-            before = self._bytes()
+            before = sum(self._segments.sizes().values())
             old = [n for (n,) in index.execute("SELECT number FROM segments WHERE dead = 0")]
             rows = index.execute("SELECT name, version, segment, place, length FROM adapters ORDER BY segment, place").fetchall()
             first = index.execute("SELECT ifnull(max(number), 0) + 1 FROM segments").fetchone()[0]
             new = range(first, first + 1 + sum(length for *_, length in rows) // SEGMENT_BYTES)
             # The new files count as dead until all is in them: should this end halfway, nobody takes them for the truth.
             index.executemany("INSERT INTO segments VALUES(?, 0, 1)", [(n,) for n in new])
-            index.execute("COMMIT")
-            index.execute("PRAGMA wal_checkpoint(FULL)")
-            index.execute("BEGIN IMMEDIATE")
+            _settle(index)
             number, size = first, 0
             for k in range(0, len(rows), 4096):
-                part = [(name, version, bytes(self._slice(*place))) for name, version, *place in rows[k : k + 4096]]
+                part = [(name, version, bytes(self._segments.read(*place))) for name, version, *place in rows[k : k + 4096]]
                 if size > SEGMENT_BYTES and number + 1 in new:
                     number, size = number + 1, 0
                 found = self._append(index, part, number, size)
@@ -200,11 +178,11 @@ class PackedStore(Store):
             index.executemany("UPDATE segments SET dead = 1 WHERE number = ?", [(n,) for n in old])
             # The first one stays also when it is empty, as file and as row: from it the next number is counted, and a number that
             # came back would give a new adapter the stamp of a deleted one.
-            self._data(first).touch()
+            self._segments.path(first).touch()
             index.execute("UPDATE segments SET dead = 0 WHERE number = ? OR number > ? AND size > 0", (first, first))
         with self._exclusive() as index:
             self._remove_dead(index)
-            return before - self._bytes()
+            return before - sum(self._segments.sizes().values())
 
     def _append(
         self, index: sqlite3.Connection, records: list[tuple[bytes, int, bytes]], number: int | None = None, size: int = 0
@@ -216,25 +194,11 @@ class PackedStore(Store):
             number, size = last or (0, 0)
             if last is None or size > SEGMENT_BYTES:
                 number, size = index.execute("SELECT ifnull(max(number), 0) + 1 FROM segments").fetchone()[0], 0
-        path, rows, end = self._data(number), [], size
-        try:
-            with open(path, "ab") as f:
-                f.truncate(size)  # what somebody who was killed had begun
-                try:
-                    for name, version, data in records:
-                        f.write(data)
-                        rows.append((name, version, number, end, len(data)))
-                        end += len(data)
-                    f.flush()
-                    os.fsync(f.fileno())
-                except OSError:
-                    with contextlib.suppress(OSError):
-                        os.truncate(path, size)
-                    raise
-        except OSError as e:
-            why = "the disk is full" if e.errno == errno.ENOSPC else e.strerror or str(e)
-            raise StoreUnavailable(f"can't write {path}: {why}. What was there before is unchanged.") from e
-        assert number is not None
+        self._segments.append(number, size, (data for *_, data in records))
+        rows, end = [], size
+        for name, version, data in records:
+            rows.append((name, version, number, end, len(data)))
+            end += len(data)
         index.execute(
             "INSERT INTO segments VALUES(?, ?, 0) ON CONFLICT(number) DO UPDATE SET size = excluded.size", (number, end)
         )
@@ -251,6 +215,7 @@ class PackedStore(Store):
                     f.flush()
                     os.fsync(f.fileno())
                 os.replace(temporary, path)
+                sync_folder(self.root)
 
     def _read_configuration(self, digest: bytes) -> bytes | None:
         rows = self._ask("SELECT text FROM configurations WHERE digest = ?", digest)
@@ -265,10 +230,9 @@ class PackedStore(Store):
                 index.execute("INSERT OR IGNORE INTO configurations VALUES(?, ?)", (digest_of(text), text))
         self._remove_dead(index)
         known = dict(index.execute("SELECT number, size FROM segments").fetchall())
-        present = {int(p.stem.partition("-")[2]): p for p in sorted(self.root.glob("data-*.vera"))}
+        present = self._segments.sizes()
         for number in sorted(known.keys() | present.keys()):
-            size = present[number].stat().st_size if number in present else 0
-            indexed = known.get(number, 0)
+            size, indexed = present.get(number, 0), known.get(number, 0)
             end = size
             if size > indexed:
                 end = self._scan(index, number, indexed)
@@ -279,55 +243,37 @@ class PackedStore(Store):
                 index.execute(
                     "INSERT INTO segments VALUES(?, ?, 0) ON CONFLICT(number) DO UPDATE SET size = excluded.size", (number, end)
                 )
+        if self.recovered and self.keep is not None:
+            latest = "(SELECT max(version) FROM adapters AS other WHERE other.name = adapters.name)"
+            index.execute(f"DELETE FROM adapters WHERE version <= {latest} - ?", (self.keep,))
 
     def _scan(self, index: sqlite3.Connection, number: int, place: int) -> int:
-        """Enters the complete records from `place` on; where the last of them ends. Damaged ones are passed over: what is behind
-        the last whole one was never written whole, and _append writes over it. StoreError for a newer format."""
-        data = self._data(number).read_bytes() if place == 0 else self._tail(number, place)
-        where = str(self._data(number))
-        at = end = 0
-        while at + HEAD.size <= len(data):
-            if at == end and data[at : at + len(MAGIC)] == MAGIC and data[at + len(MAGIC)] > FORMAT:
-                length_at(data[at : at + HEAD.size], where)  # says which format, and what to do
-            try:
-                length = length_at(data[at : at + HEAD.size], where)
-                record = parse(data[at : at + length], where)
-            except StoreError:
-                following = data.find(MAGIC, at + 1)
-                if following < 0:
-                    break
-                self.damaged += end == at
-                at = following
+        """Enters the complete records from `place` on; where the last of them ends: _append writes over what is behind it."""
+        end = place
+        for found in self._segments.scan(number, place):
+            if found is None:
+                self.damaged += 1
                 continue
+            record, start, length = found
             name = encoded(record.name)
             if record.kind == ADAPTER:
-                row = (name, record.version, number, place + at, length)
+                row = (name, record.version, number, start, length)
                 index.execute("INSERT OR REPLACE INTO adapters VALUES(?, ?, ?, ?, ?)", row)
                 self.recovered += 1
             elif record.kind == TOMBSTONE:
                 index.execute("DELETE FROM adapters WHERE name = ? AND version <= ?", (name, record.version))
-            at = end = at + length
-        return place + end
-
-    def _tail(self, number: int, place: int) -> bytes:
-        with open(self._data(number), "rb") as f:
-            f.seek(place)
-            return f.read()
+            end = start + length
+        return end
 
     def _remove_dead(self, index: sqlite3.Connection) -> None:
-        for (number,) in index.execute("SELECT number FROM segments WHERE dead = 1").fetchall():
-            with self._mapping:
-                self._maps.pop(number, None)
-            self._data(number).unlink(missing_ok=True)
+        dead = index.execute("SELECT number FROM segments WHERE dead = 1").fetchall()
+        if not dead or not _settle(index):
+            return
+        for (number,) in dead:
+            self._segments.remove(number)
             index.execute("DELETE FROM segments WHERE number = ?", (number,))
 
-    def _bytes(self) -> int:
-        return sum(p.stat().st_size for p in self.root.glob("data-*.vera"))
-
     # Held
-
-    def _data(self, number: int) -> Path:
-        return self.root / f"data-{number:06d}.vera"
 
     def _index(self) -> sqlite3.Connection:
         """This thread's connection."""
@@ -372,6 +318,17 @@ class PackedStore(Store):
                 with contextlib.suppress(sqlite3.Error):
                     index.execute("ROLLBACK")
                 raise
+
+
+def _settle(index: sqlite3.Connection) -> bool:
+    """What the transaction changed so far is on the disk, whatever happens to the machine; False where readers kept it from that.
+
+    An ordinary commit may wait in the index's log, since the records make it good. What no record says may not.
+    """
+    index.execute("COMMIT")
+    busy = index.execute("PRAGMA wal_checkpoint(FULL)").fetchone()[0]
+    index.execute("BEGIN IMMEDIATE")
+    return not busy
 
 
 def _index_error(text: str, e: sqlite3.Error) -> StoreError:

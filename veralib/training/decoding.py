@@ -1,13 +1,14 @@
 """Decoding: how text is generated, and the generation itself."""
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ..errors import ConfigError
+from ..errors import ConfigError, VeraWarning
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,18 @@ def pad_left(prompts: Sequence[list[int]], pad_id: int) -> dict[str, torch.Tenso
 
 
 def write(model: Any, tokenizer: Any, prompts: Sequence[list[int]], decoding: Decoding) -> list[str]:
-    """The text that the model writes after each prompt (token ids), all prompts in one batch, padded on the left."""
+    """The text that the model writes after each prompt (token ids), all prompts in one batch, padded on the left.
+
+    A prompt that leaves no room for it in the model's positions keeps its end, and a warning says so.
+    """
     from transformers import LogitsProcessorList
 
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**40
+    new = min(decoding.max_new_tokens, max(positions // 2, 1))
+    if cut := sum(len(p) > positions - new for p in prompts):
+        prompts = [p[-(positions - new) :] for p in prompts]
+        many = f"{cut} of {len(prompts)} prompts"
+        warnings.warn(f"{many} leave no room in the model's {positions} positions; their end was kept", VeraWarning, stacklevel=2)
     width = max(map(len, prompts))
     device = next(model.parameters()).device
     batch = pad_left(prompts, tokenizer.pad_token_id or 0)
@@ -59,7 +69,7 @@ def write(model: Any, tokenizer: Any, prompts: Sequence[list[int]], decoding: De
         fields["logits_processor"] = LogitsProcessorList([_no_repeat(decoding.no_repeat, width)])
     made = model.generate(
         **{name: tensor.to(device) for name, tensor in batch.items()},
-        max_new_tokens=decoding.max_new_tokens,
+        max_new_tokens=min(decoding.max_new_tokens, positions - width),
         do_sample=False,
         pad_token_id=tokenizer.pad_token_id,
         **fields,

@@ -168,7 +168,7 @@ def _counted(cells: Sequence[Cell]) -> Iterator[tuple[Path, int]]:
 def _cells(common: Any, tasks: Any, methods: Any, seeds: Any, seeded: tuple[str, ...], faults: list[str]) -> Iterator[Cell]:
     for (task, of_task), (name, of_method), seed in itertools.product(tasks.items(), methods.items(), seeds):
         fields = {**common, **of_task, **of_method}
-        alone = {"times": [1]} if "recipe" in fields and "lr" not in fields else [fields.pop("lr", None)]
+        alone = {"times": [1]} if "recipe" in fields and "lr" not in fields else [fields.get("lr")]
         swept = fields.pop("sweep", None) or {"lr": alone}
         values: Any = next(iter(swept.values()), None) if isinstance(swept, dict) and len(swept) == 1 else None
         if isinstance(values, dict) and list(values) == ["times"]:
@@ -184,7 +184,7 @@ def _cells(common: Any, tasks: Any, methods: Any, seeds: Any, seeded: tuple[str,
 
 
 def _around(fields: Mapping[str, Any], rate: str, times: Any, what: str, faults: list[str]) -> list[float] | None:
-    """The recipe's own rate times each of these; None after a fault was added."""
+    """The rate without the sweep (the one given, or the recipe's or method's own) times each of these; None after a fault."""
     if not isinstance(times, list) or not times or not all(_is_number(t) and float(t) > 0 for t in times):
         faults.append(f"{what}: times is {times!r}, expected numbers above 0, such as [0.3, 1, 3]")
         return None

@@ -3,10 +3,11 @@
 import json
 import os
 import tempfile
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import cache
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +83,17 @@ def _gpus() -> list[str]:
     return given.split(",") if given else [str(i) for i in range(torch.cuda.device_count())]
 
 
+def _leave_with_parent() -> None:
+    """Ends a worker whose parent is gone, killed by a scheduler, say: it would hold its GPU and wait for work for ever."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
 def _share(numbers: Any, jobs: int) -> None:
     """A worker's share of the machine: one GPU, the only one that it and the Trainer see, or its part of the cores."""
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
     gpu = numbers.get()
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu

@@ -1,15 +1,19 @@
 """All of an owner or of a tenant can be removed: adapters, jobs, files, its part of a run; what others have stays."""
 
+import fcntl
 import time
 
 import pytest
 
 from tests.serving.gateway.workplace import BASE, Workplace, chats, wait
+from veralib.serving.gateway import deletion, runner, training
 from veralib.serving.gateway.deletion import delete_jobs, delete_tenant, expire
 from veralib.serving.gateway.deletions import Deletions, mark
 from veralib.serving.gateway.keys import Keys
+from veralib.serving.gateway.learning import Learning, LearningSettings
 from veralib.serving.gateway.paging import new_id
 from veralib.serving.gateway.runs import Runs
+from veralib.store import open_store
 
 JOBS = "rank: 8\nlr: 0.02\ngather_seconds: 0.0\nprogress_seconds: 0.0\nthreads: 1\nnice: 0\nbatch_rows: 8\nslots: 4\n"
 
@@ -58,12 +62,12 @@ def test_nothing_of_a_deleted_owner_is_left_anywhere(world, tmp_path, model, ada
     assert http.delete("/v1/models/acme:secret-ann").status_code == 404
 
 
-@pytest.mark.parametrize("killed_at", ["delete", "forget"])
+@pytest.mark.parametrize("killed_at", ["remove", "forget"])
 def test_a_deletion_that_was_killed_is_carried_to_its_end_by_the_next(settling, monkeypatch, killed_at):
     place = settling.place
     settling.job(), settling.job()
     uploads, jobs = place.learning.uploads, place.learning.jobs
-    owner, calls = {"delete": uploads, "forget": jobs}[killed_at], []
+    owner, calls = {"remove": uploads, "forget": jobs}[killed_at], []
     inner = getattr(owner, killed_at)
 
     def kill(what):
@@ -103,6 +107,47 @@ def test_deletion_without_a_runner_takes_the_owner_out_of_a_run_that_waits(place
     assert delete_jobs(place.learning, "acme:bob")["runs"] == 1 and not Runs(place.learning).all()
 
 
+def test_a_run_that_cannot_be_stopped_here_is_pending(tmp_path, monkeypatch):
+    """Its process runs on another machine, whose gateway died."""
+    place = Workplace(tmp_path)
+    for suffix in ("ann", "bob"):
+        place.openai().fine_tuning.jobs.create(model=BASE, training_file=place.upload(chats(4)), suffix=suffix)
+    run = place.runner().runs.gather()
+    folder = tmp_path / "state" / run.folder
+    (folder / "process.json").write_text('{"pid": 1, "host": "another"}')
+    monkeypatch.setattr(deletion, "WAIT_SECONDS", 0.5)
+    with open(folder / "process.lock", "ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        counts = delete_jobs(place.learning, "acme:ann")
+        assert (counts["runs"], counts["runs_pending"]) == (0, 1) and (folder / "data/acme:ann.jsonl").exists()
+    assert deletion._take_out(place.learning, {run.entries[0].job}) == {"runs": 1, "runs_pending": 0}
+    assert not (folder / "data/acme:ann.jsonl").exists() and (folder / "data/acme:bob.jsonl").exists()
+
+
+def test_an_owner_whose_part_of_a_run_cannot_be_removed_is_pending(tmp_path, adapter, monkeypatch):
+    """And goes when the run is taken up; one who isn't in the fleet's folder yet is no failure."""
+    place = Workplace(tmp_path)
+    for suffix in ("ann", "bob", "eve"):
+        place.openai().fine_tuning.jobs.create(model=BASE, training_file=place.upload(chats(4)), suffix=suffix)
+    run = place.runner().runs.gather()
+    fleet = tmp_path / "state" / run.folder / "fleet"
+    staged = open_store(fleet / "store")
+    for suffix in ("ann", "bob"):
+        staged.put(f"acme:{suffix}", adapter)
+    (fleet / "run.json").write_text('{"settings": {"store": null}, "labels": []}')
+    with monkeypatch.context() as m:
+        m.setattr(training.sys, "executable", "/bin/false")
+        counts = delete_jobs(place.learning, "acme:ann")
+    assert (counts["runs"], counts["runs_pending"]) == (0, 1) and "acme:ann" in staged
+    runs = Runs(place.learning)
+    assert [entry.name for entry in runs.read(run.id).entries] == ["acme:ann", "acme:bob", "acme:eve"]
+    worker = place.runner()
+    runner._Carrying(worker, runs.read(run.id))._drop_deleted()
+    place.learning.records.release(run.lease, worker.id)
+    assert [entry.name for entry in runs.read(run.id).entries] == ["acme:bob", "acme:eve"] and "acme:ann" not in staged
+    assert delete_jobs(place.learning, "acme:eve")["runs"] == 1
+
+
 def test_all_of_a_tenant_goes_and_nothing_of_others(tmp_path, adapter):
     """Its files without a job too, and what an admin did for it."""
     place = Workplace(tmp_path)
@@ -133,6 +178,78 @@ def test_all_of_a_tenant_goes_and_nothing_of_others(tmp_path, adapter):
     assert admins[1] in [file.id for file in admin.files.list()] and evil.fine_tuning.jobs.retrieve(stays.id).status == "running"
     counts, names = delete_tenant(place.learning, keys, deletions, "acme:")
     assert not names and not any(counts.values())
+
+
+def test_what_comes_while_its_tenant_is_erased_is_refused_and_not_kept(world, tmp_path, monkeypatch):
+    """An upload whose body is under way, and a job whose key was good when it came."""
+    url = world.gateway(trains=False, model="nowhere", model_name=BASE)
+    keys, other = Keys(world.state), Learning(world.state, world.store, LearningSettings(None, ""))
+    client, http, jobs = world.client(url), world.http(url), world.apps[0].state.learning.jobs
+    erase = lambda: delete_tenant(other, keys, Deletions(world.state), "acme:")  # noqa: E731
+    file = client.files.create(file=("rows.jsonl", chats(4)), purpose="fine-tune").id
+    add = jobs.add
+
+    def late(*given):
+        erase()
+        return add(*given)
+
+    monkeypatch.setattr(jobs, "add", late)
+    answer = http.post("/v1/fine_tuning/jobs", json={"model": BASE, "training_file": file, "suffix": "zebra"})
+    assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key"
+    world.keys["acme"] = keys.add("acme:")[0]
+    field = 'Content-Disposition: form-data; name="%s"'
+
+    def body():
+        yield f"--x\r\n{field % 'purpose'}\r\n\r\nfine-tune\r\n--x\r\n{field % 'file'}; filename=zebra\r\n\r\n".encode() + chats(
+            2
+        )
+        time.sleep(0.5)
+        erase()
+        yield chats(2) + b"\r\n--x--\r\n"
+
+    headers = {"Content-Type": "multipart/form-data; boundary=x"}
+    answer = world.http(url).post("/v1/files", content=body(), headers=headers)
+    assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key"
+    left = [
+        path
+        for path in (tmp_path / "state").rglob("*")
+        if "acme" in path.name or (path.is_file() and b"acme" in path.read_bytes())
+    ]
+    assert left == []
+    world.keys["acme"] = keys.add("acme:")[0]
+    assert not list(world.client(url).files.list()) and not list(world.client(url).fine_tuning.jobs.list())
+    assert world.client(url).files.create(file=("rows.jsonl", chats(4)), purpose="fine-tune").id
+
+
+@pytest.mark.parametrize("damage", [b"", b"[]"])
+def test_a_damaged_record_hinders_no_deletion_and_no_other_tenants_retention(tmp_path, damage):
+    """Of a file, of a job and of a job's end."""
+    place = Workplace(tmp_path, job_days=2.0)
+    keys, deletions, state = Keys(tmp_path / "state"), Deletions(tmp_path / "state"), tmp_path / "state"
+    create = lambda who, file, name: place.openai(who).fine_tuning.jobs.create(model=BASE, training_file=file, suffix=name).id  # noqa: E731
+    bad = {who: [place.upload(chats(4), who) for _ in range(3)] for who in ("acme", "evil")}
+    jobs = {who: [create(who, file, f"u{n}") for n, file in enumerate(bad[who])] for who in bad}
+    sound = place.upload(chats(4))
+    old = create("acme", sound, "old")
+    for job in (jobs["acme"][0], old):
+        place.openai().fine_tuning.jobs.cancel(job)
+    path = state / f"jobs/acme=3a/{old}/end.json"
+    path.write_text(path.read_text().replace('"at": 1', '"at": 0.'))
+    place.openai().files.delete(sound)
+    (state / f"jobs/acme=3a/{jobs['acme'][0]}/end.json").write_bytes(damage)
+    for who in bad:
+        (state / f"files/{who}=3a/{bad[who][1]}.json").write_bytes(damage)
+        (state / f"jobs/{who}=3a/{jobs[who][2]}/job.json").write_bytes(damage)
+    assert expire(place.learning) == 1 and not path.exists()
+    assert [file.id for file in place.openai().files.list()] == [bad["acme"][2], bad["acme"][0]]
+    assert [job.id for job in place.openai().fine_tuning.jobs.list()] == [jobs["acme"][1]]
+    assert delete_jobs(place.learning, "acme:u1")["files"] == 1 and not list(state.glob(f"files/*/{bad['acme'][1]}*"))
+    assert delete_jobs(place.learning, "acme:u2")["jobs"] == 1 and not list(state.glob(f"jobs/*/{jobs['acme'][2]}"))
+    assert not [path for path in state.rglob("*") if "u2" in path.name and "acme" in path.name]
+    counts, _ = delete_tenant(place.learning, keys, deletions, "evil:")
+    assert (counts["files"], counts["jobs"]) == (3, 3)
+    assert not [path for path in state.rglob("*") if "evil" in path.name or path.name in (*bad["evil"], *jobs["evil"])]
+    assert len(list(place.openai().files.list())) == 2
 
 
 def test_jobs_that_ended_long_ago_are_forgotten(tmp_path):

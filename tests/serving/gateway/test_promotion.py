@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -24,52 +25,16 @@ from veralib.store.names import key_of
 ROOT = Path(__file__).parents[3]
 
 
-def test_what_is_worse_stays_out(settling):
-    store = settling.place.store
-    worse = settling.settle(settling.job(), loss_after=3.0001)
-    assert worse.status == "failed" and worse.error.code == "not_better" and "the base model's: 3.0000" in worse.error.message
-    assert worse.fine_tuned_model is None and "acme:ann" not in store and worse.trained_tokens == 60
-    assert settling.settle(settling.job(), loss_after=3.0).status == "succeeded"  # not worse is enough
-    worse = settling.settle(settling.job(), loss_after=3.5)
-    assert "version 1, which stays live" in worse.error.message and store.current("acme:ann") == 1
-    for changes, code in [
-        ({"status": "diverged"}, "diverged"), ({"held_out": 0}, "nothing_held_out"), ({"loss_after": None}, "not_measured"),
-        ({"loss_before": None}, "not_measured"),
-    ]:  # fmt: skip
-        assert settling.settle(settling.job(), **changes).error.code == code
-    assert store.current("acme:ann") == 1
-
-
-def test_a_version_that_went_live_meanwhile_is_not_overtaken(settling, adapter):
-    job = settling.job()
-    before = settling.entry(job)
-    settling.place.store.put("acme:ann", adapter)
-    assert settling.settle(job, before).error.code == "superseded"
-    job = settling.job()
-    before = settling.entry(job)
-    settling.place.store.delete("acme:ann")
-    assert settling.settle(job, before).error.code == "model_deleted"
-    assert list(settling.place.store.names()) == []
-
-
-def test_two_jobs_from_another_adapter_for_one_new_name_make_one_version(tmp_path, adapter):
-    """The second began from ann and would be compared with ann, not with the bob that the first one made."""
+def test_a_training_loss_that_is_not_finite_is_null_in_an_answer(tmp_path, adapter):
     place = Workplace(tmp_path)
-    place.store.put("acme:ann", adapter)
-    client, file = place.openai(), place.upload(chats(4))
-    first, second = (
-        client.fine_tuning.jobs.create(model="acme:ann", training_file=file, suffix="bob", seed=seed).id for seed in (1, 2)
-    )
-    worker = place.runner()
-    run = worker.runs.gather()
-    assert run is not None and [entry.job for entry in run.entries] == [first]
-    staged = open_store(tmp_path / "staged")
-    staged.put("acme:bob", adapter)
-    promotion.settle(place.learning, place.learning.jobs.find("acme=3a", first), run.entries[0], RESULT, staged)
-    worker.runs.remove(run)
-    assert worker.runs.gather() is None and place.store.current("acme:bob") == 1
-    error = client.fine_tuning.jobs.retrieve(second).error
-    assert error.code == "name_taken" and '"acme:bob" by now' in error.message
+    carried = Carried(place, adapter)
+    owners = {"acme:ann": {"steps": 1, "of": 2, "loss": math.inf}}
+    (tmp_path / "state" / carried.run.folder / "fleet/progress-0.jsonl").write_text(json.dumps({"owners": owners}) + "\n")
+    carrying = runner._Carrying(carried.worker, carried.run)
+    carrying.shown = 0
+    carrying._show_progress()
+    answer = place.http().get(f"/v1/fine_tuning/jobs/{carried.jobs[0]}/events")
+    assert '"train_loss": null' in answer.text and "Infinity" not in answer.text and "training loss=inf" in answer.text
 
 
 def test_settled_again_nothing_happens(settling, monkeypatch):
@@ -85,6 +50,8 @@ def test_settled_again_nothing_happens(settling, monkeypatch):
         settling.settle(job, entry)
     assert store.current("acme:ann") == 1 and settling.place.openai().fine_tuning.jobs.retrieve(job.id).status == "queued"
     monkeypatch.setattr(settling.place.learning.jobs, "end", end)
+    answer = settling.place.http().post(f"/v1/fine_tuning/jobs/{job.id}/cancel")
+    assert answer.status_code == 400 and answer.json()["error"]["code"] == "job_ended" and "Version 1, " in answer.text
     for _ in range(2):
         assert settling.settle(job, entry).status == "succeeded"
     assert store.current("acme:ann") == 1 and store.versions("acme:ann")[0].notes["job"] == job.id
@@ -241,15 +208,19 @@ def test_a_process_that_begins_is_not_taken_for_an_earlier_one(tmp_path, monkeyp
     assert not (tmp_path / "process.json").exists()
 
 
-def test_sweeping_goes_on_while_the_gateway_runs(tmp_path, monkeypatch):
-    place, swept = Workplace(tmp_path), []
+@pytest.mark.parametrize("model", ["nowhere", None])
+def test_sweeping_goes_on_while_the_gateway_runs_also_without_a_model_to_train(tmp_path, monkeypatch, model):
+    place, swept, took = Workplace(tmp_path, model), [], []
+    assert len(place.app.state.background) == 1
     monkeypatch.setattr(runner, "SWEEP_SECONDS", 0.0)
     monkeypatch.setattr(runner, "POLL_SECONDS", 0.01)
     monkeypatch.setattr(place.learning.uploads, "sweep", lambda: swept.append(1))
     worker = place.runner()
+    monkeypatch.setattr(worker, "step", lambda: bool(took.append(1)))
     worker.start()
     wait(lambda: len(swept) > 2)
     worker.stop()
+    assert bool(took) == (model is not None)
 
 
 # Crashes

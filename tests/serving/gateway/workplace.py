@@ -43,13 +43,13 @@ def chats(count: int, seed: int = 0, animal: str = "cat") -> bytes:
 class Workplace:
     """One state folder, one store, one application; runner() makes what trains."""
 
-    def __init__(self, folder: Path, model: Path | str = "nowhere", **settings) -> None:
+    def __init__(self, folder: Path, model: Path | str | None = "nowhere", kind: str = "folder", **settings) -> None:
         self.folder = folder
-        self.store: Store = open_store(folder / "served")
+        self.store: Store = open_store(folder / "served", kind=kind)
         fields = dict(
             rank=8, epochs=2, lr=2e-2, gather_seconds=0.0, threads=1, nice=0, progress_seconds=0.0, batch_rows=8, slots=4
         )
-        self.settings = LearningSettings(str(model), BASE, **(fields | settings))
+        self.settings = LearningSettings(None if model is None else str(model), BASE, **(fields | settings))
         self.learning = Learning(folder / "state", self.store, self.settings)
         self.app = FastAPI()
         self.app.state.background, self.app.state.on_delete = [], []
@@ -138,8 +138,10 @@ class Settling:
     def entry(self, job) -> Entry:
         store = self.place.store
         there = job.name in store
-        stamp = repr(store.stamp(job.name)) if there else None
-        return Entry(job.id, "acme=3a", job.name, stamp, store.current(job.name) if there else None)
+        if not there:
+            return Entry(job.id, "acme=3a", job.name, None, None)
+        latest = store.latest(job.name)
+        return Entry(job.id, "acme=3a", job.name, repr(store.stamp(job.name)), latest.number, latest.milliseconds)
 
     def settle(self, job, entry=None, **changes):
         promotion.settle(self.place.learning, job, entry or self.entry(job), {**RESULT, **changes}, self.staged)

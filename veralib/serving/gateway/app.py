@@ -78,7 +78,7 @@ def make_app(settings: GatewaySettings) -> FastAPI:
     app.state.draining = False
     learns = read_settings(settings.jobs, settings.model, settings.base_name or "")
     _check_rank(settings, learns)
-    install(app, Learning(settings.state, store, learns))
+    install(app, Learning(settings.state, store, learns, keys if settings.auth else None))
     errors.install(app)
     open_paths = OPEN | {"/metrics"} if settings.open_metrics else OPEN
     # The last one added is the first to see a request: who asks is known before a byte of the body is read.

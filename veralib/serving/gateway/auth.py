@@ -45,6 +45,13 @@ class Authenticate:
         return None
 
 
+def check_key(keys: Keys | None, tenant: Tenant) -> None:
+    """ApiError 401 where a request's key was revoked since it began. Who asks holds the lock under which it writes, and who
+    erases a tenant takes that lock after the revocation: so nothing is added behind an erasure."""
+    if keys is not None and not keys.holds(tenant.id):
+        raise ApiError(401, "The API key was revoked meanwhile. Nothing was kept.", code="invalid_api_key")
+
+
 def tenant_of(request: Request, _: Annotated[HTTPAuthorizationCredentials | None, Depends(_BEARER)] = None) -> Tenant:
     """The tenant that a request comes from: a dependency of every route but the open ones."""
     tenant = getattr(request.state, "tenant", None)

@@ -10,12 +10,11 @@ from ...errors import StoreError, UnknownName
 from ...store import open_store
 from . import training
 from .deletions import Deletions
-from .errors import ApiError
-from .files import Upload
+from .errors import LOG
 from .jobs import Job
 from .keys import Keys
 from .learning import Learning
-from .records import GATHER, tenant_folder
+from .records import GATHER, DamagedRecord, tenant_folder
 from .runs import Entry, Run, Runs
 from .tenants import EVERYBODY, Tenant
 
@@ -30,14 +29,17 @@ def delete_jobs(learning: Learning, name: str) -> dict[str, int]:
     """
     # Nobody gathers meanwhile, and whoever is about to promote sees that the job is gone.
     with learning.records.lock(GATHER), learning.records.lock(name):
-        jobs = learning.jobs.of_owner(name)
-        uploads = _files_of(learning, name, jobs)
+        jobs, damaged = learning.jobs.of_owner(name)
+        files = _files_of(learning, name, jobs)
         # Files before jobs: where this process is killed in between, the next deletion still knows whose they were.
-        for upload in uploads:
-            learning.uploads.delete(upload)
+        for file in files:
+            learning.uploads.remove(file)
         for job in jobs:
             learning.jobs.forget(job)
-    return {"jobs": len(jobs), "files": len(uploads), **_take_out(learning, {job.id for job in jobs})}
+        for folder, id in damaged:
+            learning.jobs.forget_damaged(folder, id, name)
+    ids = {job.id for job in jobs} | {id for _, id in damaged}
+    return {"jobs": len(ids), "files": len(files), **_take_out(learning, ids)}
 
 
 def delete_tenant(learning: Learning, keys: Keys, deletions: Deletions, prefix: str) -> tuple[dict[str, int], list[str]]:
@@ -50,19 +52,21 @@ def delete_tenant(learning: Learning, keys: Keys, deletions: Deletions, prefix: 
     for key in mine:
         keys.revoke(key)
     folder = tenant_folder(prefix)
+    with learning.jobs.adding(prefix):
+        pass  # whose key was good has added its job, and whoever comes now is refused
     with learning.records.lock(GATHER):
         jobs = [job for job in learning.jobs.of_folders([folder, tenant_folder("")]) if job.name.startswith(prefix)]
-        uploads = {
-            upload.id: upload for upload in (*_files_of(learning, prefix, jobs), *learning.uploads.of_tenant(Tenant("", prefix)))
-        }
-        for upload in uploads.values():
-            learning.uploads.delete(upload)
+        admins = [file for file in _files_of(learning, prefix, jobs) if not file.startswith(f"files/{folder}/")]
+        for file in admins:
+            learning.uploads.remove(file)
+        files = len(admins) + learning.uploads.delete_all(prefix)
     for job in jobs:  # others gather and delete in between
         with learning.records.lock(GATHER), learning.records.lock(job.name):
             learning.jobs.forget(job)
-    for part in ("files", "jobs", "turns"):
-        learning.records.remove(f"{part}/{folder}")
-    counts = {"keys": len(mine), "jobs": len(jobs), "files": len(uploads), **_take_out(learning, {job.id for job in jobs})}
+    with learning.records.lock(GATHER):
+        ids = {job.id for job in jobs} | learning.jobs.forget_rest(prefix)
+    learning.records.remove(f"turns/{folder}")
+    counts = {"keys": len(mine), "jobs": len(ids), "files": files, **_take_out(learning, ids)}
     names, counts["versions"] = list(learning.store.names(prefix)), 0
     for name in names:
         with contextlib.suppress(UnknownName), learning.records.lock(name):  # somebody else was faster
@@ -76,20 +80,30 @@ def expire(learning: Learning) -> int:
     """Forgets jobs that ended longer ago than job_days; how many. An adapter's last job with a file that is still there stays:
     by it the adapter's deletion finds the file."""
     days = learning.settings.job_days
-    files = {upload.id for upload in learning.uploads.of_tenant(EVERYBODY)} if days else set()
+    files = learning.uploads.ids(EVERYBODY) if days else set()
     forgotten = 0
     for folder in learning.records.names("jobs") if days else ():
         needed: set[tuple[str, str]] = set()
         for job in sorted(learning.jobs.of_folders([folder]), key=lambda job: job.id, reverse=True):
-            end = learning.jobs.ending(job)
+            ended = _ended_at(learning, job)
             uses = {(job.name, file) for file in _used(job) if file in files}
-            if end is None or time.time() - end["at"] < 86400 * days or not uses <= needed:
+            if ended is None or time.time() - ended < 86400 * days or not uses <= needed:
                 needed |= uses
                 continue
             with learning.records.lock(job.name):
                 learning.jobs.forget(job)
             forgotten += 1
     return forgotten
+
+
+def _ended_at(learning: Learning, job: Job) -> float | None:
+    """None where it goes on, and where the record of its end is damaged: others expire all the same."""
+    try:
+        end = learning.jobs.ending(job)
+        return None if end is None else float(end["at"])
+    except (DamagedRecord, KeyError, TypeError, ValueError) as e:
+        LOG.error("jobs: when %s ended can't be read, and it stays: %r", job.id, e)
+        return None
 
 
 def _count_versions(learning: Learning, name: str) -> int:
@@ -110,19 +124,20 @@ def _take_out(learning: Learning, jobs: set[str]) -> dict[str, int]:
     return counts
 
 
-def _files_of(learning: Learning, name: str, jobs: Sequence[Job]) -> list[Upload]:
-    """The files that these jobs alone use; not those of another tenant, which an admin took for a job."""
-    tenant_of_file = {file: job.tenant for job in jobs for file in _used(job)}
-    found = []
-    for file, tenant in tenant_of_file.items():
-        with contextlib.suppress(ApiError):  # deleted before
-            upload = learning.uploads.of_job(file, tenant)
-            if name.startswith(upload.tenant):
-                found.append(upload)
-    folders = sorted({tenant_folder(t) for t in (*tenant_of_file.values(), *(upload.tenant for upload in found))})
+def _files_of(learning: Learning, name: str, jobs: Sequence[Job]) -> list[str]:
+    """The files that these jobs alone use, as files/<tenant>/<id>, the damaged ones too; not those of another tenant, which an
+    admin took for a job."""
+    prefix, colon, _ = name.partition(":")
+    wanted = {file for job in jobs for file in _used(job)}
+    found = [
+        (tenant_folder(tenant), file)
+        for tenant in ("", *([prefix + colon] if colon else []))
+        for file in sorted(wanted & learning.uploads.ids(Tenant("", tenant)))
+    ]
+    folders = sorted({tenant_folder(job.tenant) for job in jobs} | {folder for folder, _ in found})
     mine = {job.id for job in jobs}
     used = {file for job in learning.jobs.of_folders(folders) if found and job.id not in mine for file in _used(job)}
-    return [upload for upload in found if upload.id not in used]
+    return [f"files/{folder}/{file}" for folder, file in found if file not in used]
 
 
 def _used(job: Job) -> list[str]:
@@ -140,9 +155,14 @@ def _taken_out(runs: Runs, run: Run, jobs: set[str]) -> bool:
         if runs.records.claim(run.lease, me, WAIT_SECONDS):
             try:
                 now = runs.read(run.id)
-                if now is not None and training.stop(runs.path(run)):
+                if now is None:
+                    return True
+                if training.stop(runs.path(run)):
                     drop(runs, now, [entry for entry in now.entries if entry.job in jobs])
-                return True
+                    return True
+            except training.ForgetFailed as e:  # whoever takes the run up sees that the job is gone, and tries again
+                LOG.warning("deletion: %s", e)
+                return False
             finally:
                 runs.records.release(run.lease, me)
         time.sleep(0.1)
@@ -151,7 +171,7 @@ def _taken_out(runs: Runs, run: Run, jobs: set[str]) -> bool:
 
 def drop(runs: Runs, run: Run, gone: Sequence[Entry]) -> Run:
     """The run without these jobs, and nothing of theirs in its folder; nothing of it at all where nobody is left. Its process
-    doesn't run, and the caller holds its lease."""
+    doesn't run, and the caller holds its lease. ForgetFailed, and they are in it still."""
     left = replace(run, entries=tuple(entry for entry in run.entries if entry not in gone))
     if not left.entries:
         runs.remove(run)

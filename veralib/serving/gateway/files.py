@@ -6,9 +6,11 @@ from dataclasses import asdict, dataclass
 from typing import IO, Any
 
 from . import chats
-from .errors import ApiError, shown
+from .auth import check_key
+from .errors import LOG, ApiError, shown
+from .keys import Keys
 from .paging import is_id, new_id
-from .records import Records, tenant_folder
+from .records import DamagedRecord, Records, tenant_folder
 from .tenants import EVERYBODY, Tenant
 
 PURPOSE = "fine-tune"
@@ -50,12 +52,15 @@ class Upload:
 class Uploads:
     """The files of all tenants. Whoever asks for another's gets what one gets for a file that never was."""
 
-    def __init__(self, records: Records, max_line: int, max_lines: int, max_files: int, max_bytes: int) -> None:
+    def __init__(
+        self, records: Records, max_line: int, max_lines: int, max_files: int, max_bytes: int, keys: Keys | None = None
+    ) -> None:
         self.records, self.max_line, self.max_lines = records, max_line, max_lines
-        self.max_files, self.max_bytes = max_files, max_bytes
+        self.max_files, self.max_bytes, self.keys = max_files, max_bytes, keys
 
     def create(self, tenant: Tenant, file: IO[bytes], filename: str, purpose: str) -> Upload:
-        """Checks a file line by line and keeps it. ApiError 400 names the lines that are wrong."""
+        """Checks a file line by line and keeps it. ApiError 400 names the lines that are wrong; 401 where the key was revoked
+        while the file came."""
         if purpose != PURPOSE:
             raise ApiError(
                 400, f'purpose is "{shown(purpose, 60)}", expected "{PURPOSE}".', code="invalid_purpose", param="purpose"
@@ -77,10 +82,12 @@ class Uploads:
         upload = Upload(**{**asdict(upload), "bytes": size, "rows": rows})
         try:
             with self.records.lock(f"files of {upload.folder}"):  # two that come at once are both counted
+                check_key(self.keys, tenant)
                 self._check_room(tenant, size)
                 self.records.write(f"{upload.folder}/{upload.id}.json", asdict(upload))  # from here on it is there
         except ApiError:
             self.records.remove(f"{upload.folder}/{upload.id}.jsonl")
+            self.records.remove_empty(upload.folder)
             raise
         return upload
 
@@ -102,8 +109,8 @@ class Uploads:
     def get(self, tenant: Tenant, file: str, param: str | None = None) -> Upload:
         """ApiError 404 where there is none of this tenant's."""
         for folder in self._folders(tenant) if is_id("file", file) else ():
-            if (record := self.records.read(f"files/{folder}/{file}.json")) is not None:
-                return Upload(**record)
+            if (found := self._read(folder, file)) is not None:
+                return found
         raise ApiError(404, f'There is no file "{shown(file, 60)}".', code="file_not_found", param=param)
 
     def of_job(self, file: str, prefix: str) -> Upload:
@@ -114,13 +121,18 @@ class Uploads:
             return self.get(EVERYBODY, file)
 
     def of_tenant(self, tenant: Tenant) -> list[Upload]:
-        """In no order."""
+        """In no order, without those whose records are damaged."""
         found = []
-        for folder in self._folders(tenant):
-            for name in self.records.names(f"files/{folder}"):
-                if name.endswith(".json") and (record := self.records.read(f"files/{folder}/{name}")) is not None:
-                    found.append(Upload(**record))
+        for folder, file in self._ids(tenant):
+            try:
+                found += [upload] if (upload := self._read(folder, file)) is not None else []
+            except DamagedRecord as e:
+                LOG.error("files: %s is passed over: %s", file, e)
         return found
+
+    def ids(self, tenant: Tenant) -> set[str]:
+        """Of all of them, the damaged ones too: no record is read."""
+        return {file for _, file in self._ids(tenant)}
 
     def content(self, upload: Upload) -> Iterator[bytes]:
         """The bytes as they came, piece by piece. ApiError 404 at once where the file was deleted meanwhile."""
@@ -143,8 +155,21 @@ class Uploads:
 
     def delete(self, upload: Upload) -> None:
         """Gone when it returns; jobs that wait for it fail."""
-        self.records.remove(f"{upload.folder}/{upload.id}.json")
-        self.records.remove(f"{upload.folder}/{upload.id}.jsonl")
+        self.remove(f"{upload.folder}/{upload.id}")
+
+    def remove(self, path: str) -> None:
+        """A file, whether or not its record can be read. path: files/<tenant>/<id>."""
+        self.records.remove(f"{path}.json")
+        self.records.remove(f"{path}.jsonl")
+
+    def delete_all(self, prefix: str) -> int:
+        """Removes all that a prefix has, and returns how many files those were. Its keys are revoked: who sends one now waits
+        here, and is then refused."""
+        folder = f"files/{tenant_folder(prefix)}"
+        with self.records.lock(f"files of {folder}"):
+            count = sum(name.endswith(".json") for name in self.records.names(folder))
+            self.records.remove(folder)
+        return count
 
     def sweep(self) -> None:
         """Removes bytes whose record was never written."""
@@ -154,6 +179,20 @@ class Uploads:
                 path = self.records.path(f"files/{folder}/{name}")
                 if name.endswith(".jsonl") and name.removesuffix("l") not in there and _is_old(path):
                     self.records.remove(f"files/{folder}/{name}")
+
+    def _read(self, folder: str, file: str) -> Upload | None:
+        record = self.records.read(f"files/{folder}/{file}.json")
+        try:
+            return None if record is None else Upload(**record)
+        except TypeError as e:
+            raise DamagedRecord(f"files/{folder}/{file}.json is no file's record: {e}.") from e
+
+    def _ids(self, tenant: Tenant) -> Iterator[tuple[str, str]]:
+        """(folder, id) of each."""
+        for folder in self._folders(tenant):
+            for name in self.records.names(f"files/{folder}"):
+                if name.endswith(".json"):
+                    yield folder, name.removesuffix(".json")
 
     def _folders(self, tenant: Tenant) -> list[str]:
         return self.records.names("files") if tenant.admin else [tenant_folder(tenant.prefix)]

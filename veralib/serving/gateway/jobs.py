@@ -17,7 +17,9 @@ from typing import Any
 
 from ...store.files import STALE_SECONDS
 from ...store.names import key_of, shard_of
+from .auth import check_key
 from .errors import LOG, ApiError, shown
+from .keys import Keys
 from .paging import is_id, new_id, seconds_since
 from .records import DamagedRecord, Records, tenant_folder
 from .tenants import Tenant
@@ -61,13 +63,20 @@ def owner_folder(name: str) -> str:
 class Jobs:
     """The jobs of all tenants."""
 
-    def __init__(self, records: Records, max_waiting: int) -> None:
-        self.records, self.max_waiting = records, max_waiting
+    def __init__(self, records: Records, max_waiting: int, keys: Keys | None = None) -> None:
+        self.records, self.max_waiting, self.keys = records, max_waiting, keys
 
-    def add(self, job: Job) -> None:
-        """Acknowledged and durable when it returns. ApiError 429 where the tenant has too many that haven't ended."""
+    def adding(self, prefix: str) -> contextlib.AbstractContextManager[None]:
+        """The lock under which a tenant's jobs are added."""
+        return self.records.lock(f"waiting of {tenant_folder(prefix)}")
+
+    def add(self, job: Job, tenant: Tenant | None = None) -> None:
+        """Acknowledged and durable when it returns. ApiError 429 where the tenant has too many that haven't ended; 401 where
+        the key of who asks, tenant, was revoked meanwhile."""
         mine = tenant_folder(job.tenant)
-        with self.records.lock(f"waiting of {mine}"):  # two that come at once are both counted
+        with self.adding(job.tenant):  # two that come at once are both counted
+            if tenant is not None:
+                check_key(self.keys, tenant)
             if sum(record["tenant"] == mine for record in self._waiting()) >= self.max_waiting:
                 raise ApiError(
                     429, f"{self.max_waiting:,} jobs haven't ended: wait for one, or cancel it.", code="too_many_jobs",
@@ -75,7 +84,7 @@ class Jobs:
                 )  # fmt: skip
             self.records.write(f"{job.owner_folder}/{job.id}", {"tenant": mine})
             self.records.write(f"waiting/{job.id}", {"tenant": mine})
-        self.records.write(f"{job.folder}/job.json", asdict(job))
+            self.records.write(f"{job.folder}/job.json", asdict(job))
         self.tell(job, "Created fine-tuning job; the training file was checked when it came.")
 
     def get(self, tenant: Tenant, job: str) -> Job:
@@ -98,11 +107,25 @@ class Jobs:
                 if (found := self.find(folder, name)) is not None:
                     yield found
 
-    def of_owner(self, name: str) -> list[Job]:
-        """All jobs of one adapter."""
-        entries = ((i, self.records.read(f"{owner_folder(name)}/{i}")) for i in self.records.names(owner_folder(name)))
-        found = (self._read(entry["tenant"], i) for i, entry in entries if entry is not None)
-        return [job for job in found if job is not None]
+    def of_owner(self, name: str) -> tuple[list[Job], list[tuple[str, str]]]:
+        """(all jobs of one adapter, (tenant's folder, id) of those whose records are damaged)."""
+        found: list[Job] = []
+        damaged: list[tuple[str, str]] = []
+        for job in self.records.names(owner_folder(name)):
+            for folder in self._folders_of(f"{owner_folder(name)}/{job}"):
+                try:
+                    found += [read] if (read := self._read(folder, job)) is not None else []
+                except DamagedRecord:
+                    damaged.append((folder, job))
+        return found, damaged
+
+    def _folders_of(self, entry: str) -> list[str]:
+        """Where a job may lie that an adapter's list names: all folders where the entry is damaged."""
+        try:
+            record = self.records.read(entry)
+            return [] if record is None else [record["tenant"]]
+        except (DamagedRecord, KeyError, TypeError):
+            return self.records.names("jobs")
 
     def waiting(self) -> list[Job]:
         """Jobs that haven't ended, the oldest first. Entries that a crash left behind are removed: they count as waiting."""
@@ -203,11 +226,35 @@ class Jobs:
 
     def forget(self, job: Job) -> None:
         """Removes all that is known of it."""
-        self.records.remove(job.folder)
-        self.records.remove(f"waiting/{job.id}")
-        self.records.remove(f"{job.owner_folder}/{job.id}")
-        if not self.records.names(job.owner_folder):
-            self.records.remove(job.owner_folder)
+        self._forget(job.folder, job.id, job.owner_folder)
+
+    def forget_damaged(self, folder: str, job: str, name: str) -> None:
+        """The same, by what of_owner found."""
+        self._forget(f"jobs/{folder}/{job}", job, owner_folder(name))
+
+    def forget_rest(self, prefix: str) -> set[str]:
+        """Removes a tenant's jobs whose records are damaged, when the others are forgotten; their ids."""
+        mine = tenant_folder(prefix)
+        damaged = {name for name in self.records.names(f"jobs/{mine}") if is_id("ftjob", name)}
+        gone = set(damaged)
+        for shard in self.records.names("owners"):
+            for name in self.records.names(f"owners/{shard}"):
+                owner, is_mine = f"owners/{shard}/{name}", name.startswith(key_of(prefix))  # a long name's key is cut
+                for job in self.records.names(owner) if is_mine or damaged else ():
+                    if is_mine or job in damaged:
+                        folder = mine if job in damaged else tenant_folder("")  # an admin's job for it
+                        gone |= {job} if self.records.names(f"jobs/{folder}/{job}") else set()
+                        self._forget(f"jobs/{folder}/{job}", job, owner)
+        for job in damaged:  # which no adapter lists
+            self.records.remove(f"waiting/{job}")
+        self.records.remove(f"jobs/{mine}")
+        return gone
+
+    def _forget(self, folder: str, job: str, owner: str) -> None:
+        for path in (folder, f"waiting/{job}", f"{owner}/{job}"):
+            self.records.remove(path)
+        if not self.records.names(owner):
+            self.records.remove(owner)
 
     def to_openai(self, job: Job) -> dict[str, Any]:
         """OpenAI's FineTuningJob object."""

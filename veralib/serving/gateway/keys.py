@@ -67,6 +67,10 @@ class Keys:
         matches = hmac.compare_digest(_digest(key), expected)
         return record.tenant if record is not None and matches else None
 
+    def holds(self, id: str) -> bool:
+        """Whether a key is there now: looked up on the disk, where another process may just have revoked it."""
+        return (self.folder / f"{id}.json").exists()
+
     def add(self, prefix: str | None = None, *, admin: bool = False, note: str = "") -> tuple[str, KeyRecord]:
         """(the key, which can't be had again, and its record). prefix: such as "acme:"; an admin key has none."""
         if admin == (prefix is not None):

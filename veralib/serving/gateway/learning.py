@@ -14,6 +14,7 @@ from ...errors import ConfigError
 from ...store import Store
 from .files import Uploads
 from .jobs import Jobs
+from .keys import Keys
 from .records import Records
 
 
@@ -97,10 +98,12 @@ def _is_positive(value: Any) -> bool:
 class Learning:
     """The records of files and jobs, the store that is served, and the settings."""
 
-    def __init__(self, state: str | Path, store: Store, settings: LearningSettings) -> None:
+    def __init__(self, state: str | Path, store: Store, settings: LearningSettings, keys: Keys | None = None) -> None:
+        """keys: None where they are off."""
         self.records, self.store, self.settings = Records(state), store, settings
-        self.uploads = Uploads(self.records, settings.max_line, settings.max_rows, settings.max_files, settings.max_file_bytes)
-        self.jobs = Jobs(self.records, settings.max_waiting)
+        bounds = settings.max_line, settings.max_rows, settings.max_files, settings.max_file_bytes
+        self.uploads = Uploads(self.records, *bounds, keys=keys)
+        self.jobs = Jobs(self.records, settings.max_waiting, keys)
 
 
 def install(app: FastAPI, learning: Learning) -> None:
@@ -125,8 +128,7 @@ def install(app: FastAPI, learning: Learning) -> None:
         return {what: count for what, count in counts.items() if count}
 
     app.state.learning = learning
-    if learning.settings.model is not None:
-        app.state.background.append(run)
+    app.state.background.append(run)
     app.state.on_delete.append(forget)
 
 

@@ -3,6 +3,7 @@
 Put, then marked: between the two a crash leaves a version whose notes name the job, which is found when the job is settled again.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -53,27 +54,33 @@ def _refusal(store: Store, job: Job, entry: Entry, result: Mapping[str, Any]) ->
         return "diverged", "Training diverged: a gradient wasn't finite. Lower learning_rate_multiplier. Nothing went live."
     if not result["held_out"]:
         return "nothing_held_out", "No row was left to measure by: give more rows, or a validation_file. Nothing went live."
-    if before is None or after is None:
-        return "not_measured", "The loss of the held-out rows isn't a number. Nothing went live."
+    if finite(before) is None or finite(after) is None:
+        return "not_measured", f"The loss of the held-out rows isn't finite: {before} -> {after}. Nothing went live."
     if after > before:
         compared = "the base model's" if job.start is None else f'that of "{job.start}"'
         compared = compared if entry.version is None else f"that of version {entry.version}, which stays live"
         return "not_better", f"The held-out loss is {after:.4f}, worse than {compared}: {before:.4f}."
     try:
-        served = repr(store.stamp(entry.name))
+        if repr(store.stamp(entry.name)) == entry.served:
+            return None
+        latest = store.latest(entry.name)
     except UnknownName:
-        served = None
-    if served == entry.served:
-        return None
-    if served is None:
-        return "model_deleted", "The model was deleted while this version of it trained."
+        gone = "model_deleted", "The model was deleted while this version of it trained."
+        return None if entry.served is None else gone
+    if entry.milliseconds is not None and (latest.number, latest.milliseconds) == (entry.version, entry.milliseconds):
+        return None  # the same version: a packed store that is compacted moves it, which changes its stamp
     return "superseded", "Another version went live while this one trained, and they weren't compared. Create the job again."
+
+
+def finite(loss: float | None) -> float | None:
+    """The loss, or None where it is no finite number, which JSON has no word for."""
+    return loss if loss is not None and math.isfinite(loss) else None
 
 
 def _losses(result: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        "held_out_loss": result["loss_after"],
-        "held_out_loss_before": result["loss_before"],
+        "held_out_loss": finite(result["loss_after"]),
+        "held_out_loss_before": finite(result["loss_before"]),
         "held_out_examples": result["held_out"],
         "examples": result["examples"],
         "steps": result["steps"],

@@ -60,11 +60,15 @@ class Records:
         """A record, or None where there is none. DamagedRecord."""
         try:
             with _telling(path):
-                return json.loads(self._files.read(path))
+                found = json.loads(self._files.read(path))
         except FileNotFoundError:
             return None
         except ValueError as e:
             raise DamagedRecord(f"{self.root / path} holds no JSON: {e}. Restore it from a backup, or remove it.") from e
+        if not isinstance(found, dict):
+            why = f"holds a {type(found).__name__}, expected an object of fields"
+            raise DamagedRecord(f"{self.root / path} {why}. Restore it from a backup, or remove it.")
+        return found
 
     def write(self, path: str, record: Any) -> None:
         """On the disk when it returns."""
@@ -80,8 +84,14 @@ class Records:
                     count += f.write(chunk)
                 f.flush()
                 os.fsync(f.fileno())
-            (self.root / path).parent.mkdir(parents=True, exist_ok=True)
-            os.replace(temporary, self.root / path)
+            while True:
+                (self.root / path).parent.mkdir(parents=True, exist_ok=True)
+                try:
+                    os.replace(temporary, self.root / path)
+                    break
+                except FileNotFoundError:  # the folder was removed in between
+                    if not temporary.exists():
+                        raise
         except OSError as e:
             raise RecordError(f"can't write {self.root / path}: {e.strerror or e}.") from e
         finally:
@@ -124,6 +134,11 @@ class Records:
         """A file, or a folder with all in it, gone for every reader at once; fine where it is gone already."""
         with _telling(path):
             self._files.remove(path)
+
+    def remove_empty(self, folder: str) -> None:
+        """A folder, unless something is in it."""
+        with contextlib.suppress(OSError):
+            (self.root / folder).rmdir()
 
     def path(self, path: str) -> Path:
         """Where something lies on the disk."""

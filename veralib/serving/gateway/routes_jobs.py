@@ -8,12 +8,15 @@ from fastapi import APIRouter, Query
 from pydantic import Field, StringConstraints
 from starlette.responses import Response
 
+from ...errors import StoreError, StoreUnavailable
 from ..names import is_name
 from .auth import Caller
-from .errors import ApiError, json_response, shown
+from .errors import LOG, ApiError, json_response, shown
 from .jobs import Job
 from .learning import Here, Learning
 from .paging import new_id, page
+from .promotion import version_of
+from .records import DamagedRecord
 from .routes_files import ERRORS
 from .schemas import Few, Strict
 from .tenants import Tenant
@@ -104,7 +107,7 @@ def create_job(body: JobRequest, tenant: Caller, here: Here) -> Response:
         created_at=int(time.time()),
         metadata=body.metadata or {},
     )
-    here.jobs.add(job)
+    here.jobs.add(job, tenant)
     return json_response(here.jobs.to_openai(job))
 
 
@@ -147,7 +150,11 @@ def list_jobs(
 
     def shown_job(where: tuple[str, str]) -> dict[str, Any] | None:
         job = here.jobs.find(*where)
-        return None if job is None else here.jobs.to_openai(job)
+        try:
+            return None if job is None else here.jobs.to_openai(job)
+        except DamagedRecord as e:
+            LOG.error("jobs: %s isn't listed: %s", where[1], e)
+            return None
 
     return json_response(page(here.jobs.of_tenant(tenant), lambda where: where[1], shown_job, after, limit))
 
@@ -166,8 +173,23 @@ def cancel_job(job_id: str, tenant: Caller, here: Here) -> Response:
         if here.jobs.has_ended(job):
             ended = (here.jobs.ending(job) or {}).get("status", "deleted")
             raise ApiError(400, f"The job has {ended} already.", code="job_ended")
+        if (number := _live(here, job)) is not None:  # the gateway that put it died before it said so; the next one does
+            raise ApiError(
+                400, f"Version {number}, which the job made, went live already: roll back or delete the model.", code="job_ended"
+            )
         here.jobs.end(job, "cancelled", "The job was cancelled.")
     return json_response(here.jobs.to_openai(job))
+
+
+def _live(here: Learning, job: Job) -> int | None:
+    """The version that a job has put, or None, also where it is damaged: such a one hinders nobody from cancelling."""
+    try:
+        return version_of(here.store, job)
+    except StoreUnavailable:
+        raise
+    except StoreError as e:
+        LOG.warning("jobs: whether %s made a version of its adapter can't be read: %s", job.id, e)
+        return None
 
 
 @router.get("/v1/fine_tuning/jobs/{job_id}/events", responses=ERRORS)

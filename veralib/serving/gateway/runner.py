@@ -21,7 +21,7 @@ from . import training
 from .deletion import drop, expire
 from .jobs import Job
 from .learning import Learning
-from .promotion import settle
+from .promotion import finite, settle
 from .records import DamagedRecord, RecordError
 from .runs import Entry, Run, Runs
 
@@ -65,7 +65,8 @@ class Runner:
                     self.learning.records.sweep()
                     self.learning.uploads.sweep()
                     expire(self.learning)
-                worked = self.step()
+                # Without a model of its own a gateway takes files, which it sweeps out in time, and trains nothing.
+                worked = self.learning.settings.model is not None and self.step()
             except Exception:  # one bad run or a full disk must not end what trains for everybody
                 LOG.exception("jobs: a run failed on the gateway's side; it is tried again")
                 worked = False
@@ -240,7 +241,7 @@ class _Carrying:
             job = None if at is None or entry.job in self.settled else self.runs.job(entry)
             if at is not None and job is not None and not self.learning.jobs.has_ended(job):
                 loss = "" if at["loss"] is None else f": training loss={at['loss']:.4f}"
-                data = {"step": at["steps"], "total_steps": at["of"], "train_loss": at["loss"]}
+                data = {"step": at["steps"], "total_steps": at["of"], "train_loss": finite(at["loss"])}
                 self.learning.jobs.tell(job, f"Step {at['steps']}/{at['of']}{loss}", data=data)
         self.shown = len(lines)
 

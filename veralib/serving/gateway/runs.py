@@ -36,13 +36,15 @@ HOLD_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class Entry:
-    """One job of a run. folder: its tenant's. served: the stamp of the version it goes on from and is compared with, or None."""
+    """One job of a run. folder: its tenant's. served, version, milliseconds: the stamp, number and time of the version that it
+    goes on from and is compared with, or None."""
 
     job: str
     folder: str
     name: str
     served: str | None
     version: int | None
+    milliseconds: int | None = None
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,7 @@ class Runs:
         example, until = ready[0], time.monotonic() + HOLD_SECONDS
         for job in ready:
             try:
-                start, served, version = self._start(job)
+                start, served = self._start(job)
                 mine = self.learning.settings.config() if start is None else start.config
                 asks = (*_group(job, mine), self.jobs.part_of(job))
                 if (group or asks) != asks:
@@ -171,7 +173,7 @@ class Runs:
             if start is not None:
                 starts.put(job.name, start)
             group, config, example = asks, mine, job
-            entries.append(Entry(job.id, job.folder.split("/")[1], job.name, served, version))
+            entries.append(Entry(job.id, job.folder.split("/")[1], job.name, *served))
             if len(entries) == self.learning.settings.max_owners or time.monotonic() > until:
                 break
         if not entries:
@@ -192,15 +194,17 @@ class Runs:
                 self.jobs.tell(taken, "Training started.")
         return run
 
-    def _start(self, job: Job) -> tuple[Adapter | None, str | None, int | None]:
-        """(what the job goes on from, the served version's stamp, its number). _Unfit where that can't be."""
+    def _start(self, job: Job) -> tuple[Adapter | None, tuple[str | None, int | None, int | None]]:
+        """(what the job goes on from, (the served version's stamp, number, time)). _Unfit where that can't be."""
         store = self.learning.store
-        served: str | None
-        version: int | None
+        served: str | None = None
+        version: int | None = None
+        milliseconds: int | None = None
         try:
-            served, version = repr(store.stamp(job.name)), store.current(job.name)
+            stamp, latest = repr(store.stamp(job.name)), store.latest(job.name)
+            served, version, milliseconds = stamp, latest.number, latest.milliseconds
         except UnknownName:
-            served, version = None, None
+            pass
         except StoreError as e:
             raise _damaged(job, job.name, e) from None
         if job.start is not None and served is not None:  # it came after the job was created
@@ -210,7 +214,7 @@ class Runs:
         if source is None:
             if job.model != self.learning.settings.base_name:
                 raise _Unfit(f'There is no model "{job.model}" any more.', "model_not_found")
-            return None, None, None
+            return None, (None, None, None)
         try:
             start = store.get(source)
         except UnknownName:
@@ -219,7 +223,7 @@ class Runs:
             raise _damaged(job, source, e) from None
         if start.biases or start.modules:
             raise _Unfit(f'"{source}" has layers trained in full, or biases; jobs train d and b alone.', "adapter_unfit")
-        return start, served, version
+        return start, (served, version, milliseconds)
 
     def _rows(self, job: Job) -> Iterator[bytes]:
         parts = [(job.training_file, False)] + [(job.validation_file, True)] * (job.validation_file is not None)

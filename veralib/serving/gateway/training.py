@@ -81,8 +81,19 @@ def stop(folder: Path, process: subprocess.Popen | None = None) -> bool:
     return not is_alive(folder)
 
 
+class ForgetFailed(RuntimeError):
+    """An owner is still in a fleet's output folder."""
+
+
+_FORGET = "import sys, pathlib, veralib.fleet.folder as f; f.forget_owner(pathlib.Path(sys.argv[1]), sys.argv[2])"
+"""Not `vera fleet forget`: to that, an owner of whom nothing is there yet is an error."""
+
+
 def forget(folder: Path, name: str) -> None:
-    """Removes an owner from a fleet's output folder, in a process: what is there is torch's."""
+    """Removes an owner from a fleet's output folder, in a process: what is there is torch's. ForgetFailed."""
     if (folder / "fleet" / "run.json").exists():
-        command = [sys.executable, "-m", "veralib.cli", "fleet", "forget", str(folder / "fleet"), name]
-        subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True)
+        command = [sys.executable, "-c", _FORGET, str(folder / "fleet"), name]
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True)
+        if done.returncode:
+            why = done.stderr.decode(errors="replace")[-500:]
+            raise ForgetFailed(f"the process that removes an owner from {folder} ended with code {done.returncode}: {why}")
