@@ -182,3 +182,25 @@ def test_an_endpoint_that_goes_down_keeps_the_whole_answers(questions, serve, tm
             questions, Endpoint(server.url, "mock", retries=0, pause=0.01), tmp_path / "a.jsonl", name="m", parallel=1
         )
     assert [r["question_id"] for r in lines(tmp_path / "a.jsonl")] == [1, 2]
+
+
+def test_a_question_that_is_refused_leaves_the_others_and_is_named(questions, serve, tmp_path):
+    def reply(body, n):
+        return (400, {}, "content_filter") if body["messages"][0]["content"] == questions[1].turns[0] else "fine"
+
+    server = serve(reply)
+    for _ in range(2):  # the second time it is asked alone, first of all, by an endpoint that has answered nobody yet
+        with pytest.raises(
+            EndpointError, match=r"1 of 3 questions have no answer, .*Question 2: .*content_filter.* leaves 2 out"
+        ):
+            answer_over_http(questions, Endpoint(server.url, "mock", pause=0.01), tmp_path / "a.jsonl", name="m", parallel=1)
+        assert [r["question_id"] for r in lines(tmp_path / "a.jsonl")] == [1, 3]
+
+
+def test_a_seed_is_sent_where_one_is_given_and_is_in_the_record(questions, serve, tmp_path):
+    server = serve(lambda body, n: "fine")
+    endpoint = Endpoint(server.url, "mock", pause=0.01)
+    for name, sampling in (("with", Sampling(seed=7)), ("without", Sampling())):
+        answer_over_http(questions[:1], endpoint, tmp_path / name, name="m", sampling=sampling)
+    assert [body.get("seed") for body in server.asked] == [7, 7, None, None] and "seed" not in server.asked[-1]
+    assert [lines(tmp_path / name)[0]["generation"]["seed"] for name in ("with", "without")] == [7, None]

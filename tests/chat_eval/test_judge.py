@@ -213,14 +213,13 @@ def test_reviews_of_other_answers_or_by_another_judge_are_not_mixed(folder, serv
 
 def test_the_key_goes_to_the_endpoint_and_nowhere_else(folder, serve, monkeypatch, capsys):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-123")
-    server = serve(lambda body, n: "[[8]]" if n == 1 else (400, {}, "no: Bearer sk-secret-123"))
+    server = serve(lambda body, n: "[[8]]" if n == 1 else (400 if n == 2 else 404, {}, "no: Bearer sk-secret-123"))
     with pytest.raises(EndpointError) as e:
         judge(asks(folder), endpoint(server), folder / "r.jsonl", parallel=1, progress=print)
     assert server.headers[0]["Authorization"] == "Bearer sk-secret-123"
     written = "".join(p.read_text() for p in folder.iterdir())
-    assert "sk-secret" not in written + str(e.value) + "".join(capsys.readouterr()) and "refuses the request (HTTP 400)" in str(
-        e.value
-    )
+    assert "sk-secret" not in written + str(e.value) + "".join(capsys.readouterr())
+    assert "refuses the request (HTTP 404): no: Bearer …" in str(e.value) and "(HTTP 400): no: Bearer …" in written
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret\nX: y")
     with pytest.raises(ConfigError, match="holds no key") as bad:
         endpoint(server)
@@ -232,6 +231,7 @@ def test_the_key_goes_to_the_endpoint_and_nowhere_else(folder, serve, monkeypatc
     [
         ((401, {}, "who are you"), "wants a key, and there is none in the environment variable OPENAI_API_KEY"),
         ((404, {}, "no such model"), 'Does it know the model "mock"?'),
+        ((400, {}, "no such field"), "refuses the request (HTTP 400): no such field"),
         ((429, {}, '{"error": {"code": "insufficient_quota"}}'), "refuses the request (HTTP 429)"),
         ((429, {"Retry-After": "86400"}, "tomorrow"), "asks to wait 86400 seconds"),
     ],
@@ -248,6 +248,37 @@ def test_an_endpoint_that_never_gave_a_completion_is_the_wrong_address(folder, s
     with pytest.raises(EndpointError, match=r"\(3 tries\): '<html>hello</html>'.*mostly ends in /v1.*0 of 6 reviews are in"):
         judge(asks(folder), endpoint(server), folder / "r.jsonl", parallel=1)
     assert len(server.asked) == 3
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_a_conversation_that_is_refused_has_no_score_and_the_others_have(folder, serve, status):
+    def filtered(body, n):
+        return (status, {}, "content_filter") if "what is 2" in body["messages"][-1]["content"] else "[[8]]"
+
+    server = serve(filtered)
+    done = judge(asks(folder), endpoint(server), folder / "r.jsonl", parallel=1)
+    rows = lines(folder / "r.jsonl")
+    assert done.unrated == 2 and [r["score"] for r in rows] == [8, 8, None, None, 8, 8] and len(server.asked) == TURNS
+    assert f"refuses the request (HTTP {status}): content_filter" in rows[2]["reason"] and rows[2]["judgment"] == ""
+    # A new process knows from the file that the endpoint works; from a file of refusals alone it doesn't.
+    first = serve(filtered)
+    assert judge(asks(folder), endpoint(first), folder / "r.jsonl", again=True, parallel=1).unrated == 2 and len(first.asked) == 2
+    write_jsonl(folder / "bad.jsonl", rows[2:3])
+    with pytest.raises(EndpointError, match="content_filter"):
+        judge(asks(folder)[2:4], endpoint(first), folder / "bad.jsonl", parallel=1)
+
+
+def test_an_endpoint_that_refuses_everything_from_some_time_on_ends_the_command(folder, serve):
+    server = serve(lambda body, n: "[[8]]" if n == 1 else (400, {}, "your credit is used up"))
+    many = [ask for ask in asks(folder) for _ in range(3)]
+    with pytest.raises(EndpointError, match=r"credit is used up.* 8 requests in a row were refused"):
+        judge(many, endpoint(server), folder / "r.jsonl", parallel=1)
+    assert len(server.asked) == 9
+
+
+def test_a_body_that_cant_be_decoded_is_asked_for_again(folder, serve):
+    server = serve(lambda body, n: (200, {"Content-Encoding": "gzip"}, "no gzip") if n == 1 else "[[8]]")
+    assert judge(asks(folder), endpoint(server), folder / "r.jsonl", parallel=1).unrated == 0 and len(server.asked) == TURNS + 1
 
 
 def test_fields_are_added_and_taken_out(folder, serve):

@@ -2,14 +2,14 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import EndpointError
-from .endpoint import Endpoint
+from .endpoint import Endpoint, NoCompletion
 from .questions import Question
-from .records import Log, Record, digest, in_parallel, pending, plain_id
+from .records import Log, Record, digest, in_parallel, pending, plain_id, read_log
 
 # FastChat's temperatures; a category that isn't listed gets OTHER.
 TEMPERATURES = {
@@ -22,12 +22,16 @@ OTHER = 0.7
 
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are drawn. temperature: one for all questions; None: by category. stop: an answer ends before such a text."""
+    """How answers are drawn.
+
+    temperature: one for all questions; None: by category. stop: an answer ends before such a text. seed: None is 0 for a local
+    model, and sent to no endpoint.
+    """
 
     temperature: float | None = None
     max_new_tokens: int = 1024
     stop: tuple[str, ...] = ()
-    seed: int = 0
+    seed: int | None = None
 
     def temperature_of(self, category: str) -> float:
         """The temperature of a category's questions; 0 is greedy."""
@@ -52,6 +56,7 @@ def answer_locally(
 
     model: a LocalModel, which about names. A batch holds questions of one temperature; it is written when its last turn is done.
     """
+    sampling = replace(sampling, seed=sampling.seed or 0)
     marks = _marks(questions, about, sampling)
     todo = pending(output, marks.items(), _key, "answers")
     done = 0
@@ -88,20 +93,31 @@ def answer_over_http(
     parallel: int = 4,
     progress: Progress = lambda line: None,
 ) -> int:
-    """The same from an OpenAI-compatible endpoint. EndpointError says what is kept and how to go on."""
+    """The same from an OpenAI-compatible endpoint.
+
+    A question that a working endpoint refuses leaves the others to be answered. Errors: EndpointError, with what is kept and how
+    to go on.
+    """
     about = {"api_model": endpoint.model, "fields": endpoint.fields}
     marks = _marks(questions, about, sampling)
     todo = pending(output, marks.items(), _key, "answers")
+    endpoint.works |= bool(read_log(output)[0])
+    sent = {"max_tokens": sampling.max_new_tokens, "stop": list(sampling.stop) or None, "seed": sampling.seed}
+    refused: dict[str, NoCompletion] = {}
     done = 0
 
-    def work(q: Question) -> Record:
+    def work(q: Question) -> Record | None:
         talk: list[dict[str, str]] = []
         said: list[str] = []
         version = ""
         for text in q.turns:
             talk.append({"role": "user", "content": text})
-            parameters = {"temperature": sampling.temperature_of(q.category), "max_tokens": sampling.max_new_tokens}
-            reply = endpoint.chat(talk, **parameters, **({"stop": list(sampling.stop)} if sampling.stop else {}))
+            try:
+                reply = endpoint.chat(talk, temperature=sampling.temperature_of(q.category), **sent)
+            except NoCompletion as e:
+                refused[q.id] = e
+                progress(f"  question {q.id} has no answer: {e}")
+                return None
             talk.append({"role": "assistant", "content": reply.text})
             said.append(reply.text)
             version = reply.model
@@ -109,8 +125,10 @@ def answer_over_http(
 
     with Log(output) as log:
 
-        def keep(record: Record) -> None:
+        def keep(record: Record | None) -> None:
             nonlocal done
+            if record is None:
+                return
             log.write(record)
             done += 1
             progress(f"  {done} of {len(todo)} questions answered")
@@ -122,6 +140,13 @@ def answer_over_http(
             raise EndpointError(
                 f"{e} {there} of {len(questions)} answers are in {output}; start the same command again to go on."
             ) from e
+    if refused:
+        first = next(q.id for q in questions if q.id in refused)
+        raise EndpointError(
+            f"{len(refused)} of {len(questions)} questions have no answer, the others are in {output}. Question {first}: "
+            f"{refused[first]} Start the same command again to ask once more, or judge with a questions file that leaves "
+            f"{', '.join(q.id for q in questions if q.id in refused)} out."
+        )
     return done
 
 

@@ -16,10 +16,14 @@ PASSING = (408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529)
 LONGEST_WAIT = 300.0
 NONSENSE = 3
 """How often a request is sent in all whose answers are no chat completions."""
+ITS_OWN = (400, 413, 422)
+"""Refusals that may be of one conversation alone: a content filter, too many tokens."""
+IN_A_ROW = 8
+"""After so many of them, with no reply between, it isn't the conversations."""
 
 
 class NoCompletion(EndpointError):
-    """The endpoint answers, and has answered others, but not this request with a chat completion."""
+    """The endpoint works, as it has answered others, but gives this conversation no chat completion."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class Endpoint:
     retries: how often a request is repeated after a rate limit, a server error, a timeout or a broken connection; pause: seconds
     before the first repeat, twice as many before each next one, or what the endpoint's Retry-After asks for. fields: more fields
     of the request; None takes one out. Safe to call from several threads; all of them wait while one was told to.
+    works: whether it has ever given a completion; to be set where a file of its replies shows so.
     """
 
     def __init__(
@@ -61,7 +66,8 @@ class Endpoint:
         self._stop = threading.Event()
         self._lock = threading.Lock()
         self._free_at = 0.0
-        self._answered = False
+        self._refused = 0
+        self.works = False
 
     def stop(self) -> None:
         """Ends every wait: threads that are between two tries give up."""
@@ -75,8 +81,8 @@ class Endpoint:
     def chat(self, messages: Sequence[Mapping[str, str]], **parameters: Any) -> Reply:
         """The reply to one conversation.
 
-        Errors: EndpointError where there is none after all tries, or trying again can't help; NoCompletion where three answers
-        were something else, and the endpoint is known to work.
+        Errors: EndpointError where there is none after all tries, or trying again can't help; NoCompletion where the endpoint is
+        known to work, and three answers were something else or the conversation is refused, as by a content filter.
         """
         body = self.request(messages, parameters)
         nonsense = 0
@@ -84,7 +90,7 @@ class Endpoint:
             self._wait_for_others()
             try:
                 answer = self._client.post(self.url, json=body)
-            except self._http.TransportError as e:
+            except self._http.RequestError as e:
                 fault, wanted = f"{type(e).__name__}: {self._scrub(str(e)) or 'no answer in time'}", 0.0
             except self._http.InvalidURL as e:
                 raise ConfigError(f"endpoint {self.url} is no URL: {e}") from e
@@ -92,7 +98,7 @@ class Endpoint:
                 if answer.status_code == 200:
                     reply = self._reply(answer)
                     if reply is not None:
-                        self._answered = True
+                        self.works, self._refused = True, 0
                         return reply
                     nonsense += 1
                     if nonsense == min(NONSENSE, self.retries + 1):
@@ -120,7 +126,7 @@ class Endpoint:
 
     def _no_completion(self, answer: Any, tries: int) -> EndpointError:
         said = f"{self.url} answered, but not with a chat completion ({tries} tries): {self._scrub(answer.text[:120])!r}."
-        if self._answered:
+        if self.works:
             return NoCompletion(said)
         return EndpointError(f"{said} The endpoint must be the base of an OpenAI-compatible API, which mostly ends in /v1.")
 
@@ -133,7 +139,12 @@ class Endpoint:
             raise EndpointError(f"{self.url} {given} the environment variable {KEY_VARIABLE} (HTTP {status}).")
         if status not in PASSING or "insufficient_quota" in said:
             hint = f' Does it know the model "{self.model}"?' if status == 404 else ""
-            raise EndpointError(f"{self.url} refuses the request (HTTP {status}): {said}.{hint}")
+            with self._lock:
+                self._refused += 1
+            alone = self.works and status in ITS_OWN and self._refused < IN_A_ROW and "insufficient_quota" not in said
+            many = "" if self._refused < IN_A_ROW else f" {self._refused} requests in a row were refused."
+            kind = NoCompletion if alone else EndpointError
+            raise kind(f"{self.url} refuses the request (HTTP {status}): {said}.{hint}{many}")
         wanted = retry_after(answer.headers.get("retry-after"))
         if wanted > LONGEST_WAIT:
             raise EndpointError(f"{self.url} asks to wait {wanted:.0f} seconds (HTTP {status}): {said}")

@@ -139,12 +139,13 @@ def judge(
     """Asks for the reviews that the output file lacks and appends each as it comes; what is there isn't asked again.
 
     tries: how often a judgement without a rating is asked for in all, from the second time at WARMER at least; after them, or
-    where the endpoint answers one request with no completion at all, a review without a score is written.
+    where the endpoint refuses one conversation or answers it with no completion at all, a review without a score is written.
     Errors: EndpointError, with what is kept and how to go on; ConfigError where the file holds reviews of something else.
     """
     parameters = {"temperature": 0.0, "max_tokens": 2048, **(parameters or {})}
     marked = {**parameters, **endpoint.fields}
     todo = missing(asks, endpoint.model, marked, output, again)
+    endpoint.works |= any(r.get("judgment") for r in read_log(output)[0])
     used = [0, 0]
     count = 0
 

@@ -11,6 +11,7 @@ from typing import IO, Any, TypeVar
 from ..errors import ConfigError, DataError
 
 Job = TypeVar("Job")
+Found = TypeVar("Found")
 Record = dict[str, Any]
 
 
@@ -107,9 +108,9 @@ def pending(path: str | Path, jobs: Iterable[tuple[Any, str]], key: Callable[[Re
 
 
 def in_parallel(
-    jobs: Iterable[Job], work: Callable[[Job], Record], keep: Callable[[Record], None], count: int, stop: Callable[[], None]
+    jobs: Iterable[Job], work: Callable[[Job], Found], keep: Callable[[Found], None], count: int, stop: Callable[[], None]
 ) -> None:
-    """Calls work on every job in `count` threads and keep on each record as it comes, one at a time.
+    """Calls work on every job in `count` threads and keep on what each finds as it comes, one at a time.
 
     At the first error, or Ctrl-C, nothing new is begun, `stop` tells the waiting threads, what is under way is still kept, and
     that error is raised. keep runs in the threads too: Ctrl-C, which Python raises in the main one, can't come into it.

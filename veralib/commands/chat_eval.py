@@ -24,7 +24,7 @@ def answer(
     max_new_tokens: int = Option(1024, min=1, help="Tokens of an answer at most."),
     temperature: float = Option(None, min=0, help="One for all questions, 0 is greedy; left out: FastChat's, by category."),
     stop: Annotated[list[str] | None, Option(help="A text before which an answer ends; once for each.")] = None,
-    seed: int = Option(0, help="Of what is drawn where the temperature isn't 0."),
+    seed: int = Option(None, help="Of what is drawn where the temperature isn't 0; left out: 0, and none sent to an endpoint."),
     batch_size: int = Option(8, min=1, help="Questions at a time (local)."),
     parallel: int = Option(4, min=1, help="Requests at a time (endpoint)."),
     retries: int = Option(6, min=0, help="Tries more after a rate limit, a server error or a timeout (endpoint)."),

@@ -3,7 +3,7 @@
 import contextlib
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import replace
 
 from ...errors import StoreError, UnknownName
@@ -29,8 +29,8 @@ def delete_jobs(learning: Learning, name: str) -> dict[str, int]:
     """
     # Nobody gathers meanwhile, and whoever is about to promote sees that the job is gone.
     with learning.records.lock(GATHER), learning.records.lock(name):
-        jobs, damaged = learning.jobs.of_owner(name)
-        files = _files_of(learning, name, jobs)
+        jobs, damaged, used = learning.jobs.of_owner(name)
+        files = _files_of(learning, name, jobs, used)
         # Files before jobs: where this process is killed in between, the next deletion still knows whose they were.
         for file in files:
             learning.uploads.remove(file)
@@ -56,7 +56,8 @@ def delete_tenant(learning: Learning, keys: Keys, deletions: Deletions, prefix: 
         pass  # whose key was good has added its job, and whoever comes now is refused
     with learning.records.lock(GATHER):
         jobs = [job for job in learning.jobs.of_folders([folder, tenant_folder("")]) if job.name.startswith(prefix)]
-        admins = [file for file in _files_of(learning, prefix, jobs) if not file.startswith(f"files/{folder}/")]
+        used = {file for job in jobs for file in job.files}
+        admins = [file for file in _files_of(learning, prefix, jobs, used) if not file.startswith(f"files/{folder}/")]
         for file in admins:
             learning.uploads.remove(file)
         files = len(admins) + learning.uploads.delete_all(prefix)
@@ -86,7 +87,7 @@ def expire(learning: Learning) -> int:
         needed: set[tuple[str, str]] = set()
         for job in sorted(learning.jobs.of_folders([folder]), key=lambda job: job.id, reverse=True):
             ended = _ended_at(learning, job)
-            uses = {(job.name, file) for file in _used(job) if file in files}
+            uses = {(job.name, file) for file in job.files if file in files}
             if ended is None or time.time() - ended < 86400 * days or not uses <= needed:
                 needed |= uses
                 continue
@@ -124,11 +125,10 @@ def _take_out(learning: Learning, jobs: set[str]) -> dict[str, int]:
     return counts
 
 
-def _files_of(learning: Learning, name: str, jobs: Sequence[Job]) -> list[str]:
-    """The files that these jobs alone use, as files/<tenant>/<id>, the damaged ones too; not those of another tenant, which an
-    admin took for a job."""
+def _files_of(learning: Learning, name: str, jobs: Sequence[Job], wanted: Set[str]) -> list[str]:
+    """Of the wanted files those that no job but these uses, as files/<tenant>/<id>, the damaged ones too; not those of another
+    tenant, which an admin took for a job."""
     prefix, colon, _ = name.partition(":")
-    wanted = {file for job in jobs for file in _used(job)}
     found = [
         (tenant_folder(tenant), file)
         for tenant in ("", *([prefix + colon] if colon else []))
@@ -136,12 +136,8 @@ def _files_of(learning: Learning, name: str, jobs: Sequence[Job]) -> list[str]:
     ]
     folders = sorted({tenant_folder(job.tenant) for job in jobs} | {folder for folder, _ in found})
     mine = {job.id for job in jobs}
-    used = {file for job in learning.jobs.of_folders(folders) if found and job.id not in mine for file in _used(job)}
+    used = {file for job in learning.jobs.of_folders(folders) if found and job.id not in mine for file in job.files}
     return [f"files/{folder}/{file}" for folder, file in found if file not in used]
-
-
-def _used(job: Job) -> list[str]:
-    return [file for file in (job.training_file, job.validation_file) if file is not None]
 
 
 def _taken_out(runs: Runs, run: Run, jobs: set[str]) -> bool:

@@ -6,7 +6,7 @@ jobs/<tenant>/<id>/job.json       what was asked; from here on the job is acknow
                    events.jsonl   what list_events shows
                    end.json       how it ended, written once, under the lock of its adapter's name
 waiting/<id>                      jobs that haven't ended, for the runner
-owners/<shard>/<name>/<id>        jobs of one adapter, for whoever deletes it
+owners/<shard>/<name>/<id>        jobs of one adapter and their files, for whoever deletes it
 """
 
 import contextlib
@@ -54,6 +54,10 @@ class Job:
     def owner_folder(self) -> str:
         return owner_folder(self.name)
 
+    @property
+    def files(self) -> list[str]:
+        return [file for file in (self.training_file, self.validation_file) if file is not None]
+
 
 def owner_folder(name: str) -> str:
     """Where the jobs of one adapter are listed."""
@@ -82,7 +86,7 @@ class Jobs:
                     429, f"{self.max_waiting:,} jobs haven't ended: wait for one, or cancel it.", code="too_many_jobs",
                     headers={"Retry-After": "30"},
                 )  # fmt: skip
-            self.records.write(f"{job.owner_folder}/{job.id}", {"tenant": mine})
+            self.records.write(f"{job.owner_folder}/{job.id}", {"tenant": mine, "files": job.files})
             self.records.write(f"waiting/{job.id}", {"tenant": mine})
             self.records.write(f"{job.folder}/job.json", asdict(job))
         self.tell(job, "Created fine-tuning job; the training file was checked when it came.")
@@ -107,25 +111,30 @@ class Jobs:
                 if (found := self.find(folder, name)) is not None:
                     yield found
 
-    def of_owner(self, name: str) -> tuple[list[Job], list[tuple[str, str]]]:
-        """(all jobs of one adapter, (tenant's folder, id) of those whose records are damaged)."""
+    def of_owner(self, name: str) -> tuple[list[Job], list[tuple[str, str]], set[str]]:
+        """(all jobs of one adapter, (tenant's folder, id) of those whose records are damaged, the files of all)."""
         found: list[Job] = []
         damaged: list[tuple[str, str]] = []
+        files: set[str] = set()
         for job in self.records.names(owner_folder(name)):
-            for folder in self._folders_of(f"{owner_folder(name)}/{job}"):
+            folders, named = self._listed(f"{owner_folder(name)}/{job}")
+            for folder in folders:
                 try:
-                    found += [read] if (read := self._read(folder, job)) is not None else []
+                    if (read := self._read(folder, job)) is not None:
+                        found.append(read)
+                        files.update(read.files)
                 except DamagedRecord:
                     damaged.append((folder, job))
-        return found, damaged
+                    files.update(named)
+        return found, damaged, files
 
-    def _folders_of(self, entry: str) -> list[str]:
-        """Where a job may lie that an adapter's list names: all folders where the entry is damaged."""
+    def _listed(self, entry: str) -> tuple[list[str], list[str]]:
+        """(where a job may lie that an adapter's list names, its files): all folders and no file where the entry is damaged."""
         try:
             record = self.records.read(entry)
-            return [] if record is None else [record["tenant"]]
-        except (DamagedRecord, KeyError, TypeError):
-            return self.records.names("jobs")
+            return ([], []) if record is None else ([record["tenant"]], list(record.get("files", ())))
+        except (DamagedRecord, KeyError, TypeError, AttributeError):
+            return self.records.names("jobs"), []
 
     def waiting(self) -> list[Job]:
         """Jobs that haven't ended, the oldest first. Entries that a crash left behind are removed: they count as waiting."""
