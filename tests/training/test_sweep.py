@@ -183,12 +183,15 @@ def test_a_worker_sees_its_gpu_alone_or_has_its_part_of_the_cores(monkeypatch):
 
     threads = []
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
-    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     sweep._share(Numbers("1"), 2)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "1" and threads == []
     for jobs in (2, 16):
         sweep._share(Numbers(None), jobs)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")  # who says so has torch take it
+    sweep._share(Numbers(None), 2)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "1" and threads == [4, 1]
 
 

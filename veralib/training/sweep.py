@@ -91,6 +91,11 @@ def _leave_with_parent() -> None:
         os._exit(1)
 
 
+def _cores() -> int:
+    """The cores that this process may use: those of a cluster's job, where it has a part of the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _share(numbers: Any, jobs: int) -> None:
     """A worker's share of the machine: one GPU, the only one that it and the Trainer see, or its part of the cores."""
     threading.Thread(target=_leave_with_parent, daemon=True).start()
@@ -99,8 +104,8 @@ def _share(numbers: Any, jobs: int) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     import torch
 
-    if gpu is None:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
+    if gpu is None and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, _cores() // jobs))
 
 
 def run_cell(cell: Cell, output: Path) -> str:
