@@ -11,7 +11,7 @@ import veralib
 ROOT = Path(veralib.__file__).parent
 # Modules of one line may import each other; otherwise imports run from a later line to an earlier one.
 ORDER = [
-    {"errors", "container", "sharded"},
+    {"errors", "container", "sharded", "foreign"},
     {"basis", "products"},
     {"kernels"},
     {"config", "linears", "hashes", "core", "fused"},

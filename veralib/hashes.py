@@ -9,6 +9,7 @@ from math import gcd
 import torch
 from torch import Tensor, nn
 
+from .foreign import is_foreign
 from .linears import MATMUL_DTYPES, is_conv1d, is_plain, shape
 
 HASH_ENTRIES = 64
@@ -45,7 +46,7 @@ def weight_hashes(modules: Sequence[nn.Module]) -> list[str]:
     shapes: list[tuple[int, int] | None] = []
     for module in modules:
         weight = module._parameters.get("weight")
-        if weight is None or not is_plain(weight) or weight.is_meta or weight.dtype not in MATMUL_DTYPES:
+        if weight is None or is_foreign(module) or not is_plain(weight) or weight.is_meta or weight.dtype not in MATMUL_DTYPES:
             shapes.append(None)
             continue
         m, n = shape(module)

@@ -13,7 +13,8 @@ from .autograd import Apart, Factored, Merged, MixedDelta, UnitSpec, _base, add_
 from .bank import Member
 from .core import Shape, choose_plan
 from .errors import StateError
-from .linears import dense_weight, shape
+from .foreign import is_foreign, plain_class
+from .linears import dense_weight, quantisation, shape
 from .runtime import Runtime
 from .selection import Bucket, Selection, stacked_vectors
 
@@ -74,7 +75,7 @@ class Site:
             W = None  # the base's own forward answers, whatever it makes of it
         if W is None and not autocast and not x.is_floating_point():
             return base(x)
-        bias: Tensor | None = module.bias if own_bias is None else own_bias.to(x.device, dtype)  # type: ignore[assignment]
+        bias = getattr(module, "bias", None) if own_bias is None else own_bias.to(x.device, dtype)
         training = torch.is_grad_enabled() and (x.requires_grad or any(v.requires_grad for v in vectors))
         dropout = member.config.dropout if module.training and member.trainable else 0.0
         flat = self.runtime.cast(x, x.reshape(-1, self.n), dtype)
@@ -95,7 +96,10 @@ class Site:
             plan = "apart-weights" if plan.endswith("weights") else "apart-tokens"
         h = None
         if W is None:
-            h = base(x).reshape(-1, self.m)
+            h = base(x)
+            if training:
+                self._check_gradient(module, x, h)
+            h = h.reshape(-1, self.m)
             if own_bias is not None:
                 h = _with_bias(h, module, own_bias)
         if plan == "factored" or dropout:
@@ -116,6 +120,16 @@ class Site:
             out = Apart.apply(h, flat, W, bias, units, plan == "apart-tokens", *vectors)
         return out.reshape(*x.shape[:-1], self.m)
 
+    def _check_gradient(self, module: nn.Module, x: Tensor, h: Tensor) -> None:
+        """StateError where the base's own forward lets no gradient through: some quantised layers are for inference alone."""
+        if x.requires_grad and not h.requires_grad:
+            kind = quantisation(module)
+            what = plain_class(module).__name__ + (f" ({kind})" if kind and not is_foreign(module) else "")
+            raise StateError(
+                f"the {what} at {self.layer} gives its input no gradient, so adapters below it would learn from a part of the "
+                "model alone: load the base quantised in a way that can be trained on."
+            )
+
     def _mixed(self, module: nn.Module, base: Callable[[Tensor], Tensor], x: Tensor, selection: Selection) -> Tensor:
         if _is_replica(module):
             raise StateError("vera.rows() doesn't work inside nn.DataParallel: use DistributedDataParallel (torchrun).")
@@ -126,6 +140,8 @@ class Site:
         if not buckets and not changed:
             return h
         grad = torch.is_grad_enabled() and (h.requires_grad or any(bucket.trains for bucket in buckets))
+        if grad:
+            self._check_gradient(module, x, h)
         if grad and module.training and any(m.trainable and m.config.dropout for m in selection.distinct):
             raise StateError(
                 f"vera.{selection.kind}() draws no dropout, and an adapter in it trains with some: set its dropout to 0, or "
@@ -209,8 +225,8 @@ def _replica_vectors(module: nn.Module, member: Member, units: Sequence[UnitSpec
 def _with_bias(out: Tensor, module: nn.Module, bias: Tensor | None) -> Tensor:
     """out with the adapter's bias, (m,), in place of the base's; in out's dtype, which autocast chose."""
     assert bias is not None
-    old = module.bias if isinstance(module.bias, Tensor) else 0.0
-    return out + (bias.to(out.device) - old).to(out.dtype)
+    old = getattr(module, "bias", None)
+    return out + (bias.to(out.device) - (old if isinstance(old, Tensor) else 0.0)).to(out.dtype)
 
 
 class VeraLayer:

@@ -1,7 +1,8 @@
 """Kinds of base linear: their shape, reading and writing their weight, knowing it again.
 
-A linear here is nn.Linear with its subclasses (bitsandbytes' Linear4bit and Linear8bitLt too) or transformers' Conv1D,
-whose weight is (inputs, outputs). Everything outside this file sees a weight as W0 (m, n): m outputs, n inputs.
+A linear here is nn.Linear with its subclasses (bitsandbytes' Linear4bit and Linear8bitLt too), transformers' Conv1D,
+whose weight is (inputs, outputs), or a foreign one (foreign.py), whose weight nobody touches. Everything outside this file
+sees a weight as W0 (m, n): m outputs, n inputs.
 targets.py finds linears in a model, fused.py knows which rows of a fused one are its query, key and value.
 """
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ConfigError, StateError, need
+from .foreign import is_foreign, plain_class
 from .sharded import is_piece
 
 MATMUL_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
@@ -27,8 +29,8 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether it is nn.Linear, a subclass of it, or Conv1D."""
-    return isinstance(module, nn.Linear) or is_conv1d(module)
+    """Whether it is nn.Linear, a subclass of it, Conv1D, or a foreign linear."""
+    return isinstance(module, nn.Linear) or is_conv1d(module) or is_foreign(module)
 
 
 def unfit(module: nn.Module) -> str:
@@ -48,9 +50,9 @@ def unfit(module: nn.Module) -> str:
 
 def shape(module: nn.Module) -> tuple[int, int]:
     """(m, n): outputs, inputs. A 4-bit weight is packed, so the module's own numbers count."""
-    if isinstance(module, nn.Linear):
-        return module.out_features, module.in_features
-    return module.nf, module.weight.shape[0]  # type: ignore[return-value, union-attr, index]
+    if is_conv1d(module):
+        return module.nf, module.weight.shape[0]  # type: ignore[return-value, union-attr, index]
+    return module.out_features, module.in_features  # type: ignore[return-value]
 
 
 def quantisation(module: nn.Module) -> str:
@@ -62,9 +64,9 @@ def quantisation(module: nn.Module) -> str:
             if cls.__name__ == "Linear4bit":
                 return f"bnb-{getattr(module.weight, 'quant_type', '4bit')}"
     weight = getattr(module, "weight", None)
-    if isinstance(weight, Tensor) and weight.dtype in MATMUL_DTYPES and weight.dim() == 2:
+    if isinstance(weight, Tensor) and weight.dtype in MATMUL_DTYPES and weight.dim() == 2 and not is_foreign(module):
         return "" if is_plain(weight) or is_piece(weight) else type(weight).__name__
-    return next(c.__name__ for c in type(module).__mro__ if not c.__module__.startswith("veralib."))
+    return plain_class(module).__name__
 
 
 def is_plain(weight: Tensor) -> bool:
@@ -128,7 +130,7 @@ def _readable(module: nn.Module, what: str) -> Tensor:
     kind = quantisation(module)
     if not isinstance(weight, Tensor) or (kind and not kind.startswith("bnb-")):
         raise ConfigError(
-            f"can't {what} the weight of a {type(module).__name__} ({kind or 'no tensor'}): known are plain "
+            f"can't {what} the weight of a {plain_class(module).__name__} ({kind or 'no tensor'}): known are plain "
             f"floating-point weights and bitsandbytes' nf4, fp4 and int8. Load the base model without this "
             f"quantisation to merge; the unmerged adapter works on it as it is."
         )

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from . import layers
 from .adapter import Adapter, layer_of
@@ -128,8 +128,8 @@ def cached_hashes(inside: "Residence", modules: Mapping[str, nn.Module]) -> dict
     base weight's; of a sharded weight, what it was when whole."""
     stale: dict[str, tuple[int, int]] = {}
     for layer, module in modules.items():
-        weight: Any = module.weight
-        state = (id(weight), 0 if weight.is_inference() else weight._version)
+        weight: Any = getattr(module, "weight", None)
+        state = (id(weight), 0 if not isinstance(weight, Tensor) or weight.is_inference() else weight._version)
         known = inside.hashes.get(layer)
         if known is None or (inside.runtime.merged is None and known[:2] != state and not is_piece(weight)):
             stale[layer] = state

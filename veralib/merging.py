@@ -293,7 +293,7 @@ def _from_disk(kept: Kept) -> None:
 
 def _refuse_ties(vera: "Vera", member: Member) -> None:
     """A tied weight is two layers': ΔW would change both."""
-    adapted = {id(vera.inside.sites[n].weight): n for n in member.layout.by_layer}
+    adapted = {id(getattr(vera.inside.sites[n], "weight", n)): n for n in member.layout.by_layer}
     own = {n: {id(vera.inside.sites[n])} for n in member.layout.by_layer}
     for head in member.heads:  # a head is written over as a whole
         adapted |= {id(p): head for p in vera.inside.heads[head].parameters()}

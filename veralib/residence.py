@@ -3,7 +3,6 @@
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from .basis import Basis, layer_id_of
 from .config import VeraConfig
 from .errors import ConfigError, StateError, VeraWarning, unknown_name
 from .fleetbank import FleetBank
+from .foreign import device_of
 from .heads import TEMPLATE, adapt_head, plain_copy, release_head
 from .linears import shape
 from .runtime import Runtime
@@ -211,8 +211,7 @@ class Residence:
         for unit in member.layout.units:
             module = self.sites[unit.layer]
             stem = f"vera_{member.number}" + (f"_{unit.unit.partition(':')[2]}" if ":" in unit.unit else "")
-            weight: Any = module.weight
-            device = torch.device("cpu") if weight.is_meta else weight.device
+            device = device_of(module)
             d = torch.full((unit.r,), float(member.config.d_start), dtype=torch.float32, device=device)
             b = torch.full((unit.m,), float(member.config.b_start), dtype=torch.float32, device=device)
             module.register_parameter(f"{stem}_d", nn.Parameter(d, requires_grad=member.config.train != "b"))

@@ -222,8 +222,8 @@ class _View:
         inside = [n for n in self.linears if n.startswith(name + ".")]
         more = f" Linears inside it: {_quoted(n[len(name) + 1 :] for n in inside)}." if inside else ""
         return (
-            f'target "{target}" matches "{name}", a {type(module).__name__}; veralib adapts nn.Linear and '
-            f"transformers' Conv1D.{more}"
+            f'target "{target}" matches "{name}", a {type(module).__name__}; veralib adapts nn.Linear, '
+            f"transformers' Conv1D and quantised linears.{more}"
         )
 
 
@@ -238,7 +238,7 @@ def _heads(model: nn.Module, view: _View) -> set[str]:
         heads |= {n for n, m in view.linears.items() if id(m) not in inside and n.split(".")[0] not in towers}
     outputs = {id(_output_embeddings(m)) for m in view.modules.values()}
     tied = {id(m.weight) for m in view.modules.values() if isinstance(m, nn.Embedding)}
-    return heads | {n for n, m in view.linears.items() if id(m) in outputs or id(m.weight) in tied}
+    return heads | {n for n, m in view.linears.items() if id(m) in outputs or id(getattr(m, "weight", None)) in tied}
 
 
 def _output_embeddings(module: nn.Module) -> Any:
