@@ -178,6 +178,16 @@ def test_what_only_looks_like_a_linear_is_none():
             super().__init__(plain)
             self.in_features = {"default": 8}
 
+    class BilinearUpsample(PackedLinear):
+        pass
+
+    class NonLinearity(PackedLinear):
+        pass
+
+    class WQLinear_GEMM(PackedLinear):
+        pass
+
+    assert is_foreign(WQLinear_GEMM(plain)) and not is_foreign(BilinearUpsample(plain)) and not is_foreign(NonLinearity(plain))
     assert is_foreign(PackedLinear(plain)) and is_linear(CustomLinear(plain)) and not is_foreign(plain)
     assert not any(is_linear(kind(plain)) for kind in (TwoInputsLinear, ParentLinear, Product, DictsLinear))
     model, _ = replaced(tiny_llama(), Product)

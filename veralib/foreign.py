@@ -5,11 +5,13 @@ An adapter needs of such a layer no more than its own forward and its shape; its
 
 import functools
 import inspect
+import re
 
 import torch
 from torch import Tensor, nn
 
 _NOT_FROM = ("torch.nn.", "transformers.models.", "peft.", "veralib.")
+_NAMED = re.compile(r"(?<![Nn]on)(?<!Bi)(Linear|_linear)(?![a-z])|^linear")  # QuantLinear, WQLinear_GEMM; no BilinearUpsample
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
@@ -34,7 +36,7 @@ def plain_class(module: nn.Module) -> type:
 
 @functools.cache
 def _is_a_linears(cls: type) -> bool:
-    if "linear" not in cls.__name__.lower() or cls.__module__.startswith(_NOT_FROM):
+    if not _NAMED.search(cls.__name__) or cls.__module__.startswith(_NOT_FROM):
         return False
     try:
         given = list(inspect.signature(cls.forward).parameters.values())[1:]  # type: ignore[attr-defined]

@@ -184,17 +184,25 @@ def test_an_endpoint_that_goes_down_keeps_the_whole_answers(questions, serve, tm
     assert [r["question_id"] for r in lines(tmp_path / "a.jsonl")] == [1, 2]
 
 
-def test_a_question_that_is_refused_leaves_the_others_and_is_named(questions, serve, tmp_path):
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_question_that_is_refused_leaves_the_others_and_is_named(questions, serve, tmp_path, which):
     def reply(body, n):
-        return (400, {}, "content_filter") if body["messages"][0]["content"] == questions[1].turns[0] else "fine"
+        return (400, {}, "content_filter") if body["messages"][0]["content"] == questions[which].turns[0] else "fine"
 
-    server = serve(reply)
-    for _ in range(2):  # the second time it is asked alone, first of all, by an endpoint that has answered nobody yet
-        with pytest.raises(
-            EndpointError, match=r"1 of 3 questions have no answer, .*Question 2: .*content_filter.* leaves 2 out"
-        ):
+    server, said = serve(reply), rf"1 of 3 questions have no answer, .*Question {which + 1}: .*content_filter.* {which + 1} out"
+    for _ in range(2):  # the second time it is asked alone, by an endpoint that has answered nobody yet
+        with pytest.raises(EndpointError, match=said):
             answer_over_http(questions, Endpoint(server.url, "mock", pause=0.01), tmp_path / "a.jsonl", name="m", parallel=1)
-        assert [r["question_id"] for r in lines(tmp_path / "a.jsonl")] == [1, 3]
+        assert [r["question_id"] for r in lines(tmp_path / "a.jsonl")] == [i for i in (1, 2, 3) if i != which + 1]
+
+
+def test_any_number_of_questions_may_be_refused_by_an_endpoint_that_works(questions, serve, tmp_path):
+    many = [questions[2], *(replace(questions[0], id=str(n)) for n in range(10, 22))]
+    server = serve(lambda body, n: "fine" if body["messages"][0]["content"] == questions[2].turns[0] else (400, {}, "filter"))
+    for _ in range(2):
+        with pytest.raises(EndpointError, match=r"12 of 13 questions have no answer.*10, 11, .*, 21 out"):
+            answer_over_http(many, Endpoint(server.url, "mock", pause=0.01), tmp_path / "a.jsonl", name="m", parallel=1)
+    assert len(lines(tmp_path / "a.jsonl")) == 1 and len(server.asked) == 2 + 2 * 12
 
 
 def test_a_seed_is_sent_where_one_is_given_and_is_in_the_record(questions, serve, tmp_path):
@@ -204,3 +212,5 @@ def test_a_seed_is_sent_where_one_is_given_and_is_in_the_record(questions, serve
         answer_over_http(questions[:1], endpoint, tmp_path / name, name="m", sampling=sampling)
     assert [body.get("seed") for body in server.asked] == [7, 7, None, None] and "seed" not in server.asked[-1]
     assert [lines(tmp_path / name)[0]["generation"]["seed"] for name in ("with", "without")] == [7, None]
+    # what was made before a seed could be left out was marked with 0, and none was sent
+    assert answer_over_http(questions[:1], endpoint, tmp_path / "without", name="m", sampling=Sampling(seed=0)) == 0

@@ -213,7 +213,7 @@ def test_reviews_of_other_answers_or_by_another_judge_are_not_mixed(folder, serv
 
 def test_the_key_goes_to_the_endpoint_and_nowhere_else(folder, serve, monkeypatch, capsys):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-123")
-    server = serve(lambda body, n: "[[8]]" if n == 1 else (400 if n == 2 else 404, {}, "no: Bearer sk-secret-123"))
+    server = serve(lambda body, n: "[[8]]" if n in (1, 3) else (400 if n == 2 else 404, {}, "no: Bearer sk-secret-123"))
     with pytest.raises(EndpointError) as e:
         judge(asks(folder), endpoint(server), folder / "r.jsonl", parallel=1, progress=print)
     assert server.headers[0]["Authorization"] == "Bearer sk-secret-123"
@@ -231,7 +231,6 @@ def test_the_key_goes_to_the_endpoint_and_nowhere_else(folder, serve, monkeypatc
     [
         ((401, {}, "who are you"), "wants a key, and there is none in the environment variable OPENAI_API_KEY"),
         ((404, {}, "no such model"), 'Does it know the model "mock"?'),
-        ((400, {}, "no such field"), "refuses the request (HTTP 400): no such field"),
         ((429, {}, '{"error": {"code": "insufficient_quota"}}'), "refuses the request (HTTP 429)"),
         ((429, {"Retry-After": "86400"}, "tomorrow"), "asks to wait 86400 seconds"),
     ],
@@ -273,7 +272,17 @@ def test_an_endpoint_that_refuses_everything_from_some_time_on_ends_the_command(
     many = [ask for ask in asks(folder) for _ in range(3)]
     with pytest.raises(EndpointError, match=r"credit is used up.* 8 requests in a row were refused"):
         judge(many, endpoint(server), folder / "r.jsonl", parallel=1)
-    assert len(server.asked) == 9
+    assert len(server.asked) == 9 and len(lines(folder / "r.jsonl")) == 1  # nothing that is refused is kept as a review
+    nothing = serve(lambda body, n: (400, {}, "no such field"))
+    with pytest.raises(EndpointError, match=r"\(HTTP 400\): no such field.* 0 of 6 reviews are in"):
+        judge(asks(folder), endpoint(nothing), folder / "n.jsonl", parallel=1)
+    assert lines(folder / "n.jsonl") == []
+
+
+def test_the_first_conversation_may_be_the_refused_one(folder, serve):
+    server = serve(lambda body, n: (400, {}, "content_filter") if n == 1 else "[[8]]")
+    assert judge(asks(folder), endpoint(server), folder / "r.jsonl", parallel=1).unrated == 1
+    assert [r["score"] for r in lines(folder / "r.jsonl")] == [None, 8, 8, 8, 8, 8]
 
 
 def test_a_body_that_cant_be_decoded_is_asked_for_again(folder, serve):

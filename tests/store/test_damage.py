@@ -1,11 +1,14 @@
 """Whoever is killed, whatever is damaged or full: the old or the new adapter, and a sentence that says so."""
 
+import contextlib
 import errno
 import os
 import random
 import shutil
+import sqlite3
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -13,8 +16,8 @@ import torch
 
 from tests.store.killing import filled
 from tests.store.samples import equal, trained
-from veralib import StoreError, UnknownName, VeraConfig
-from veralib.store import open_store
+from veralib import StoreError, StoreUnavailable, UnknownName, VeraConfig
+from veralib.store import open_store, segments
 from veralib.store.segments import Segments
 
 
@@ -240,6 +243,81 @@ def test_a_power_cut_while_the_old_files_go_leaves_the_compacted_ones(tmp_path, 
         assert next(iter(found.get("owner 7").vectors.values()))[0][0] == 7.0
 
 
+@pytest.fixture
+def reader(tmp_path, monkeypatch):
+    """begin(): somebody reads the index's present state until end(), a backup, say; writers wait for it a third of a second."""
+    real, open_ones = sqlite3.connect, []
+    monkeypatch.setattr(sqlite3, "connect", lambda path, **given: real(path, **{**given, "timeout": 0.3}))
+
+    def begin():
+        open_ones.append(real(tmp_path / "index.sqlite"))
+        open_ones[-1].execute("BEGIN")
+        open_ones[-1].execute("SELECT * FROM adapters").fetchone()
+        with contextlib.closing(real(tmp_path / "index.sqlite", isolation_level=None)) as writer:
+            writer.execute("INSERT INTO configurations VALUES(x'00', x'00')")  # from now on the reader's state is an old one
+
+    def end():
+        while open_ones:
+            open_ones.pop().close()
+
+    yield types.SimpleNamespace(begin=begin, end=end)
+    end()
+
+
+def test_a_killed_compaction_whose_files_a_reader_holds_is_no_truth(tmp_path, monkeypatch, reader):
+    store, other = open_store(tmp_path, kind="packed"), open_store(tmp_path, kind="packed")
+    for i in range(5):
+        store.put(f"o{i}", filled(trained(), float(i)))
+    real = Segments.append
+
+    def killed(*given):
+        real(*given)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Segments, "append", killed)
+    with pytest.raises(KeyboardInterrupt):
+        store.compact()
+    monkeypatch.setattr(Segments, "append", real)
+    store.close()
+    reader.begin()
+    other.delete("o1")
+    for ended in (False, True):
+        if ended:
+            reader.end()
+        again = open_store(tmp_path)
+        assert sorted(again.names()) == ["o0", "o2", "o3", "o4"]
+        assert all(next(iter(again.get(f"o{i}").vectors.values()))[0][0] == i for i in (0, 2, 3, 4))
+        again.close()
+    assert len(list(tmp_path.glob("data-*"))) == 1
+
+
+def test_a_compaction_that_a_reader_keeps_from_its_end_says_so(tmp_path, reader):
+    store = open_store(tmp_path, kind="packed")
+    for name in ("ann", "bob"):
+        store.put(name, trained())
+    store.delete("ann")
+    holds_ann = lambda: any(b"ann" in path.read_bytes() for path in tmp_path.glob("data-*"))  # noqa: E731
+    reader.begin()
+    with pytest.raises(StoreUnavailable, match=r"reads an old state of its index.*call compact\(\) again"):
+        store.compact()
+    assert holds_ann() and list(store.names()) == ["bob"]
+    reader.end()
+    assert store.compact() >= 0 and not holds_ann() and list(store.names()) == ["bob"] and store.get("bob")
+
+
+def test_old_files_are_gone_from_the_disk_before_the_index_forgets_them(tmp_path, monkeypatch):
+    """Otherwise a power cut may bring one back, unknown and with what was deleted since."""
+    store = open_store(tmp_path, kind="packed")
+    store.put("ann", trained())
+    steps, unlink, sync = [], Path.unlink, segments.sync_folder
+    monkeypatch.setattr(Path, "unlink", lambda path, **given: (steps.append("unlink"), unlink(path, **given))[1])
+    monkeypatch.setattr(segments, "sync_folder", lambda path: (steps.append("sync"), sync(path))[1])
+    known = lambda: store._ask("SELECT count(*) FROM segments WHERE dead = 1")[0][0]  # noqa: E731
+    monkeypatch.setattr(Segments, "remove", lambda *given, real=Segments.remove: (real(*given), steps.append(known()))[0])
+    store.compact()
+    assert steps[-3:] == ["unlink", "sync", 1]
+
+
 def test_a_lost_index_brings_back_no_version_that_was_dropped(tmp_path):
     store = open_store(tmp_path, kind="packed", keep=2)
     for value in (1.0, 2.0, 3.0, 4.0):
@@ -260,6 +338,8 @@ def test_a_damaged_record_hides_its_own_name_alone(tmp_path):
     assert list(store.names()) == ["ann"] and len(store) == 1 and "new" not in store
     with pytest.raises(UnknownName, match="ann"):
         store.get("anne")
+    assert store.delete_unreadable("ann") == 0 and store.delete_unreadable("A" * 8) == 1
+    assert not list(tmp_path.glob("adapters/*/*~*")) and store.get("ann")
 
 
 def test_an_entry_that_bf16_cannot_say_is_refused_and_the_old_version_stays(tmp_path):

@@ -215,8 +215,14 @@ def test_weights_that_are_gone_or_of_another_model_are_refused(tmp_path):
     with pytest.raises(AdapterFileError, match=r"holds no model\*\.safetensors"):
         full.load(tmp_path)
     attached("bitfit", tiny_bert(num_hidden_layers=4)).save(tmp_path, {})
-    with pytest.raises(AdapterMismatch, match=r'"bert\.encoder\.layer\.2.*give the base'):
-        attached("bitfit", tiny_bert(num_hidden_layers=2)).load(tmp_path)
+    small = attached("bitfit", tiny_bert(num_hidden_layers=2))
+    before = {k: v.clone() for k, v in small.model.state_dict().items()}
+    with pytest.raises(AdapterMismatch, match=r'holds "bert\.encoder\.layer\.2.*give the base'):
+        small.load(tmp_path)
+    assert all(torch.equal(v, before[k]) for k, v in small.model.state_dict().items())
+    small.save(tmp_path, {})
+    with pytest.raises(AdapterMismatch, match=r'lacks "bert\.encoder\.layer\.2.*give the base'):
+        attached("bitfit", tiny_bert(num_hidden_layers=4)).load(tmp_path)
 
 
 @pytest.mark.parametrize("method", ["adapter_h", "adapter_p", "adapter_l"])

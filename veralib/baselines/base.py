@@ -118,13 +118,14 @@ def save_tensors(model: nn.Module, names: Callable[[str], bool], path: Path, not
     return [path]
 
 
-def load_tensors(model: nn.Module, path: Path) -> None:
-    """Reads save_tensors' file back into the model."""
+def load_tensors(model: nn.Module, names: Callable[[str], bool], path: Path) -> None:
+    """Reads save_tensors' file back into the model. AdapterMismatch, and nothing read, where it holds other entries."""
     from safetensors.torch import load_file
 
-    unknown = model.load_state_dict(load_file(path), strict=False).unexpected_keys
-    if unknown:
-        kind = type(model).__name__
-        raise AdapterMismatch(
-            f'{path} holds "{unknown[0]}", which this {kind} doesn\'t have: give the base that it was trained on.'
-        )
+    found, wanted = load_file(path), {key for key in model.state_dict() if names(key)}
+    kind = f"this {type(model).__name__}"
+    if unknown := [key for key in found if key not in wanted]:
+        raise AdapterMismatch(f'{path} holds "{unknown[0]}", which {kind} doesn\'t have: give the base that it was trained on.')
+    if missing := [key for key in sorted(wanted) if key not in found]:
+        raise AdapterMismatch(f'{path} lacks "{missing[0]}", which {kind} has: give the base that it was trained on.')
+    model.load_state_dict(found, strict=False)

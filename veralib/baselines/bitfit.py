@@ -24,10 +24,13 @@ def attach_bitfit(model: nn.Module, settings: "Settings", head: tuple[str, ...])
     for parameter in named.values():
         parameter.requires_grad_(True)
 
+    def is_own(key: str) -> bool:
+        return key in named or key.startswith(inside)
+
     def save(folder: Path, notes: Notes) -> list[Path]:
-        return save_tensors(model, lambda key: key in named or key.startswith(inside), folder / FILE, notes)
+        return save_tensors(model, is_own, folder / FILE, notes)
 
     def load(folder: Path) -> None:
-        load_tensors(model, folder / FILE)
+        load_tensors(model, is_own, folder / FILE)
 
     return Attached(model, tuple(named.values()), rest, save, load, merge=lambda: None)

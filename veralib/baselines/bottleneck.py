@@ -76,9 +76,10 @@ def _attach(model: nn.Module, settings: "Settings", head: tuple[str, ...], kind:
         raise ConfigError(f"rank is {rank!r}; for {kind} it is the bottleneck's width, a whole number above 0")
     found = places(model, kind == "adapter_h", options["drop"])
     if not found:
+        where = ", outside the dropped blocks" if options["drop"] else ""
         raise ConfigError(
-            f"{kind} knows no place in a {type(model).__name__}: no linear is called output.dense, c_proj, o_proj, down_proj or "
-            f"fc2{', outside the dropped blocks' if options['drop'] else ''}."
+            f"{kind} knows no place in a {type(model).__name__}: no linear has a name by which it knows the end of an MLP or of "
+            f"an attention, such as output.dense, c_proj, down_proj or fc2{where}."
         )
     if kind == "adapter_h":
         of = {what: sum(bool(end.search(n)) for n in found) for what, end in (("attention", ATTENTION), ("MLP", MLP))}

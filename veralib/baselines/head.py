@@ -14,11 +14,12 @@ if TYPE_CHECKING:
 def attach_head(model: nn.Module, settings: "Settings", head: tuple[str, ...]) -> Attached:
     """The model with its head alone trained; saved as head.safetensors."""
 
+    inside = tuple(h + "." for h in head)
+
     def save(folder: Path, notes: Notes) -> list[Path]:
-        inside = tuple(h + "." for h in head)
         return save_tensors(model, lambda key: key.startswith(inside), folder / "head.safetensors", notes)
 
     def load(folder: Path) -> None:
-        load_tensors(model, folder / "head.safetensors")
+        load_tensors(model, lambda key: key.startswith(inside), folder / "head.safetensors")
 
     return Attached(model, (), freeze(model, head), save, load, merge=lambda: None)

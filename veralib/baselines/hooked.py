@@ -49,10 +49,13 @@ def attach_behind(model: nn.Module, parts: Mapping[str, nn.Module], head: tuple[
     adapter = tuple(p for part in parts.values() for p in part.parameters() if p.requires_grad)
     inside = (*(f"{name}.{CHILD}." for name in parts), *(h + "." for h in head))
 
-    def save(folder: Path, notes: Notes) -> list[Path]:
-        return save_tensors(model, lambda key: key.startswith(inside), folder / file, notes)
+    def is_own(key: str) -> bool:
+        return key.startswith(inside)
 
-    return Attached(model, adapter, rest, save, lambda folder: load_tensors(model, folder / file), **more)
+    def save(folder: Path, notes: Notes) -> list[Path]:
+        return save_tensors(model, is_own, folder / file, notes)
+
+    return Attached(model, adapter, rest, save, lambda folder: load_tensors(model, is_own, folder / file), **more)
 
 
 def fold_behind(model: nn.Module, parts: Mapping[str, Any]) -> "MergeReport":

@@ -102,6 +102,7 @@ def answer_over_http(
     marks = _marks(questions, about, sampling)
     todo = pending(output, marks.items(), _key, "answers")
     endpoint.works |= bool(read_log(output)[0])
+    endpoint.patient = True
     sent = {"max_tokens": sampling.max_new_tokens, "stop": list(sampling.stop) or None, "seed": sampling.seed}
     refused: dict[str, NoCompletion] = {}
     done = 0
@@ -159,7 +160,7 @@ def _batches(questions: Sequence[Question], sampling: Sampling, size: int) -> li
 
 
 def _marks(questions: Sequence[Question], about: Mapping[str, Any], sampling: Sampling) -> dict[str, str]:
-    how = {k: v for k, v in asdict(sampling).items() if k != "temperature"}
+    how = {k: v for k, v in asdict(sampling).items() if k != "temperature"} | {"seed": sampling.seed or 0}
     return {q.id: digest([dict(about), how, sampling.temperature_of(q.category), list(q.turns)]) for q in questions}
 
 

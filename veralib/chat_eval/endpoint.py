@@ -23,7 +23,7 @@ IN_A_ROW = 8
 
 
 class NoCompletion(EndpointError):
-    """The endpoint works, as it has answered others, but gives this conversation no chat completion."""
+    """This conversation gets no chat completion, by what the endpoint says; another may."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,8 @@ class Endpoint:
     retries: how often a request is repeated after a rate limit, a server error, a timeout or a broken connection; pause: seconds
     before the first repeat, twice as many before each next one, or what the endpoint's Retry-After asks for. fields: more fields
     of the request; None takes one out. Safe to call from several threads; all of them wait while one was told to.
-    works: whether it has ever given a completion; to be set where a file of its replies shows so.
+    works: whether it has ever given a completion; to be set where a file of its replies shows so. patient: whether one that
+    works may refuse any number of conversations; else IN_A_ROW.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class Endpoint:
         self._lock = threading.Lock()
         self._free_at = 0.0
         self._refused = 0
-        self.works = False
+        self.works = self.patient = False
 
     def stop(self) -> None:
         """Ends every wait: threads that are between two tries give up."""
@@ -81,8 +82,8 @@ class Endpoint:
     def chat(self, messages: Sequence[Mapping[str, str]], **parameters: Any) -> Reply:
         """The reply to one conversation.
 
-        Errors: EndpointError where there is none after all tries, or trying again can't help; NoCompletion where the endpoint is
-        known to work, and three answers were something else or the conversation is refused, as by a content filter.
+        Errors: EndpointError where there is none after all tries, or trying again can't help; NoCompletion where this
+        conversation is refused, as by a content filter, or an endpoint that works gave three answers that are something else.
         """
         body = self.request(messages, parameters)
         nonsense = 0
@@ -141,8 +142,10 @@ class Endpoint:
             hint = f' Does it know the model "{self.model}"?' if status == 404 else ""
             with self._lock:
                 self._refused += 1
-            alone = self.works and status in ITS_OWN and self._refused < IN_A_ROW and "insufficient_quota" not in said
-            many = "" if self._refused < IN_A_ROW else f" {self._refused} requests in a row were refused."
+                row = self._refused
+            endless = row >= IN_A_ROW and not (self.patient and self.works)
+            alone = status in ITS_OWN and not endless and "insufficient_quota" not in said
+            many = f" {row} requests in a row were refused." if endless else ""
             kind = NoCompletion if alone else EndpointError
             raise kind(f"{self.url} refuses the request (HTTP {status}): {said}.{hint}{many}")
         wanted = retry_after(answer.headers.get("retry-after"))

@@ -148,10 +148,20 @@ def judge(
     endpoint.works |= any(r.get("judgment") for r in read_log(output)[0])
     used = [0, 0]
     count = 0
+    held: list[Record] = []
 
     with Log(output) as log:
 
         def keep(record: Record) -> None:
+            held.append(record)
+            if record["judgment"] or not record.get("reason"):  # so what was refused was those conversations' own
+                write_held()
+
+        def write_held() -> None:
+            while held:
+                write(held.pop(0))
+
+        def write(record: Record) -> None:
             nonlocal count
             log.write(record)
             count += 1
@@ -167,6 +177,9 @@ def judge(
 
         try:
             in_parallel(todo, work, keep, parallel, endpoint.stop)
+            if held and not endpoint.works:
+                raise EndpointError(held[0]["reason"])
+            write_held()
         except EndpointError as e:
             there = len(asks) - len(todo) + count
             raise EndpointError(

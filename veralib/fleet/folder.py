@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ..errors import StateError
+from ..errors import StateError, StoreError, StoreUnavailable, UnknownName
 from ..store import open_store
 from ..store.folder import ABOUT
 from ..training.folder import write_json
@@ -152,7 +152,14 @@ def forget_owner(folder: Path, name: str) -> int:
     if "://" in where or (Path(where) / ABOUT).exists():
         store = open_store(where)
         if name in store:
-            gone += len(store.versions(name))
+            try:
+                gone += len(store.versions(name))
+            except UnknownName:
+                pass
+            except StoreUnavailable:
+                raise
+            except StoreError:  # what is damaged goes too
+                gone += 1
             store.delete(name)
     elif given:
         raise StateError(

@@ -79,6 +79,10 @@ class Store(ABC):
     def delete(self, name: str) -> None:
         """Forgets an adapter and all its versions. UnknownName."""
 
+    def delete_unreadable(self, prefix: str) -> int:
+        """Forgets adapters whose names begin so and which names() passes over, as no record of theirs can be read; how many."""
+        return 0
+
     @abstractmethod
     def names(self, prefix: str = "") -> Iterator[str]:
         """The names that begin so, in no promised order."""

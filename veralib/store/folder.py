@@ -41,6 +41,21 @@ class FolderStore(Store):
         self._files_of(name)
         self.files.remove(self._folder(name))
 
+    def delete_unreadable(self, prefix: str) -> int:
+        start, gone = key_of(prefix) if prefix else "", 0
+        for shard in self.files.list("adapters"):
+            for key in self.files.list(f"adapters/{shard}"):
+                if "~" not in key or not key.partition("~")[0].startswith(start):
+                    continue
+                try:
+                    self._name_of(shard, key)
+                except StoreUnavailable:
+                    raise
+                except StoreError:
+                    self.files.remove(f"adapters/{shard}/{key}")
+                    gone += 1
+        return gone
+
     def names(self, prefix: str = "") -> Iterator[str]:
         start = key_of(prefix)[:60] if prefix else ""  # of a long name the key holds 60 characters
         for shard in self.files.list("adapters"):
@@ -48,9 +63,9 @@ class FolderStore(Store):
                 # Where the key already tells, its folder isn't listed.
                 try:
                     found = self._name_of(shard, key) if key.startswith(start) else None
+                except StoreUnavailable:
+                    raise
                 except StoreError as e:
-                    if isinstance(e, StoreUnavailable):
-                        raise
                     LOG.warning("passed over, since only its records know its name and none can be read: %s", e)
                     continue
                 if found is not None and found.startswith(prefix):

@@ -157,7 +157,11 @@ class PackedStore(Store):
             index.execute("DELETE FROM adapters WHERE name = ?", (encoded(name),))
 
     def compact(self) -> int:
-        """Writes what is still wanted into new files and removes the old ones; returns how many bytes that freed."""
+        """Writes what is still wanted into new files and removes the old ones; returns how many bytes that freed.
+
+        StoreUnavailable where a reader holds the index for so long that the old files had to stay: what was deleted is still in
+        them, until the next call or the next opening.
+        """
         with self._exclusive() as index:
             before = sum(self._segments.sizes().values())
             old = [n for (n,) in index.execute("SELECT number FROM segments WHERE dead = 0")]
@@ -181,7 +185,11 @@ class PackedStore(Store):
             self._segments.path(first).touch()
             index.execute("UPDATE segments SET dead = 0 WHERE number = ? OR number > ? AND size > 0", (first, first))
         with self._exclusive() as index:
-            self._remove_dead(index)
+            if not self._remove_dead(index):
+                raise StoreUnavailable(
+                    f"{self.root} is compacted, but somebody reads an old state of its index, a backup perhaps, so the old files "
+                    "are still there, with what was deleted: call compact() again when that has ended."
+                )
             return before - sum(self._segments.sizes().values())
 
     def _append(
@@ -229,8 +237,10 @@ class PackedStore(Store):
             if path.suffix != ".tmp" and digest_of(text := path.read_bytes()).hex() == path.name.partition("-")[2]:
                 index.execute("INSERT OR IGNORE INTO configurations VALUES(?, ?)", (digest_of(text), text))
         self._remove_dead(index)
-        known = dict(index.execute("SELECT number, size FROM segments").fetchall())
-        present = self._segments.sizes()
+        # Dead files that a reader still holds are copies at best: what they say of deleted adapters is old.
+        known = dict(index.execute("SELECT number, size FROM segments WHERE dead = 0").fetchall())
+        dead = {number for (number,) in index.execute("SELECT number FROM segments WHERE dead = 1")}
+        present = {number: size for number, size in self._segments.sizes().items() if number not in dead}
         for number in sorted(known.keys() | present.keys()):
             size, indexed = present.get(number, 0), known.get(number, 0)
             end = size
@@ -265,13 +275,16 @@ class PackedStore(Store):
             end = start + length
         return end
 
-    def _remove_dead(self, index: sqlite3.Connection) -> None:
-        dead = index.execute("SELECT number FROM segments WHERE dead = 1").fetchall()
-        if not dead or not _settle(index):
-            return
-        for (number,) in dead:
-            self._segments.remove(number)
-            index.execute("DELETE FROM segments WHERE number = ?", (number,))
+    def _remove_dead(self, index: sqlite3.Connection) -> bool:
+        """False where they had to stay."""
+        dead = [number for (number,) in index.execute("SELECT number FROM segments WHERE dead = 1")]
+        if not dead:
+            return True
+        if not _settle(index):
+            return False
+        self._segments.remove(dead)
+        index.executemany("DELETE FROM segments WHERE number = ?", [(number,) for number in dead])
+        return True
 
     # Held
 

@@ -10,7 +10,7 @@ import errno
 import mmap
 import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from ..errors import StoreError, StoreUnavailable
@@ -49,11 +49,13 @@ class Segments:
         with self._mapping:
             self.mapped.clear()
 
-    def remove(self, number: int) -> None:
-        """The file, if it is there."""
-        with self._mapping:
-            self.mapped.pop(number, None)
-        self.path(number).unlink(missing_ok=True)
+    def remove(self, numbers: Sequence[int]) -> None:
+        """The files, if they are there; gone from the disk when it returns."""
+        for number in numbers:
+            with self._mapping:
+                self.mapped.pop(number, None)
+            self.path(number).unlink(missing_ok=True)
+        sync_folder(self.root)
 
     def read(self, number: int, place: int, length: int) -> memoryview:
         """Bytes of a file. FileNotFoundError where there is none; StoreError where it is shorter."""

@@ -5,8 +5,10 @@ import time
 
 import pytest
 
+from tests.serving.gateway.conftest import small_adapter
 from tests.serving.gateway.workplace import BASE, Workplace, chats, wait
 from veralib.serving.gateway import deletion, runner, training
+from veralib.serving.gateway import jobs as gateway_jobs
 from veralib.serving.gateway.deletion import delete_jobs, delete_tenant, expire
 from veralib.serving.gateway.deletions import Deletions, mark
 from veralib.serving.gateway.keys import Keys
@@ -252,6 +254,81 @@ def test_a_damaged_record_hinders_no_deletion_and_no_other_tenants_retention(tmp
     assert (counts["files"], counts["jobs"]) == (3, 3)
     assert not [path for path in state.rglob("*") if "evil" in path.name or path.name in (*bad["evil"], *jobs["evil"])]
     assert [file.id for file in place.openai().files.list()] == [bad["acme"][0]]
+
+
+def test_whoever_cant_be_taken_out_of_a_run_ends_it_and_the_others_train_in_another(tmp_path, monkeypatch):
+    place = Workplace(tmp_path)
+    jobs = {
+        who: place.openai().fine_tuning.jobs.create(model=BASE, training_file=place.upload(chats(4)), suffix=who).id
+        for who in ("ann", "bob")
+    }
+    run = place.runner().runs.gather()
+
+    def no_memory(folder, name):
+        raise training.ForgetFailed("no memory to import torch")
+
+    monkeypatch.setattr(training, "forget", no_memory)
+    assert delete_jobs(place.learning, "acme:ann")["runs_pending"] == 1
+    place.runner().step()
+    assert not (tmp_path / "state" / run.folder).exists() and not list((tmp_path / "state").rglob("*ann*"))
+    again = place.runner().runs.gather()
+    assert again.id != run.id and [entry.job for entry in again.entries] == [jobs["bob"]] and again.attempts == 0
+
+
+def test_a_record_without_its_fields_stops_no_queue_and_no_list(tmp_path):
+    place = Workplace(tmp_path)
+    create = lambda who: place.openai().fine_tuning.jobs.create(model=BASE, training_file=place.upload(chats(4)), suffix=who).id  # noqa: E731
+    bad, ended, good = (create(who) for who in ("a", "b", "c"))
+    place.openai().fine_tuning.jobs.cancel(ended)
+    state = tmp_path / "state"
+    (state / f"waiting/{bad}").write_text("{}")
+    (state / f"jobs/acme=3a/{ended}/end.json").write_text("{}")
+    assert create("d")
+    assert next(iter(place.learning.jobs.waiting())).id == good
+    listed = {job.id for job in place.openai().fine_tuning.jobs.list()}
+    assert {bad, good} < listed and ended not in listed
+
+
+def test_an_erased_tenants_damaged_adapters_go_whose_names_only_their_records_know(tmp_path):
+    place = Workplace(tmp_path)
+    for name in ("acme:" + "A" * 50, "evil:" + "A" * 50, "acme:ann"):
+        place.store.put(name, small_adapter())
+    for file in place.store.files.root.glob("adapters/*/*~*/*.vera"):
+        file.write_bytes(file.read_bytes()[:-1])
+    counts, _ = delete_tenant(place.learning, Keys(tmp_path / "state"), Deletions(tmp_path / "state"), "acme:")
+    left = [path.parent.name for path in place.store.files.root.glob("adapters/*/*/*.vera")]
+    assert counts["versions"] == 2 and len(left) == 1 and left[0].startswith("evil=3a")
+
+
+def test_a_file_that_an_admins_job_waits_for_stays(tmp_path):
+    place = Workplace(tmp_path)
+    file = place.upload(chats(4))
+    place.store.put("acme:two", small_adapter())
+    place.openai().fine_tuning.jobs.create(model=BASE, training_file=file, suffix="ann")
+    place.openai("admin").fine_tuning.jobs.create(model="acme:two", training_file=file)
+    counts = delete_jobs(place.learning, "acme:ann")
+    assert (counts["jobs"], counts["files"]) == (1, 0) and [f.id for f in place.openai().files.list()] == [file]
+
+
+def test_what_a_killed_deletion_left_in_an_adapters_list_goes_with_the_next(tmp_path, monkeypatch):
+    place = Workplace(tmp_path)
+    place.openai().fine_tuning.jobs.create(model=BASE, training_file=place.upload(chats(4)), suffix="ann")
+    records, real = place.learning.records, place.learning.records.remove
+
+    def killed(path):
+        real(path)
+        if path.startswith("jobs/"):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(records, "remove", killed)
+    with pytest.raises(KeyboardInterrupt):
+        delete_jobs(place.learning, "acme:ann")
+    monkeypatch.setattr(records, "remove", real)
+    delete_jobs(place.learning, "acme:ann")
+    assert list((tmp_path / "state/owners").rglob("*ann*"))  # young: its job may just be written
+    monkeypatch.setattr(gateway_jobs, "STALE_SECONDS", 0.0)
+    delete_jobs(place.learning, "acme:ann")
+    assert not list((tmp_path / "state/owners").rglob("*ann*"))
 
 
 def test_jobs_that_ended_long_ago_are_forgotten(tmp_path):

@@ -38,6 +38,7 @@ def delete_jobs(learning: Learning, name: str) -> dict[str, int]:
             learning.jobs.forget(job)
         for folder, id in damaged:
             learning.jobs.forget_damaged(folder, id, name)
+        learning.jobs.forget_entries(name)
     ids = {job.id for job in jobs} | {id for _, id in damaged}
     return {"jobs": len(ids), "files": len(files), **_take_out(learning, ids)}
 
@@ -74,6 +75,7 @@ def delete_tenant(learning: Learning, keys: Keys, deletions: Deletions, prefix: 
             counts["versions"] += _count_versions(learning, name)
             learning.store.delete(name)
         deletions.note(name, done=False)
+    counts["versions"] += learning.store.delete_unreadable(prefix)
     return counts, names
 
 
@@ -134,7 +136,7 @@ def _files_of(learning: Learning, name: str, jobs: Sequence[Job], wanted: Set[st
         for tenant in ("", *([prefix + colon] if colon else []))
         for file in sorted(wanted & learning.uploads.ids(Tenant("", tenant)))
     ]
-    folders = sorted({tenant_folder(job.tenant) for job in jobs} | {folder for folder, _ in found})
+    folders = sorted({tenant_folder(job.tenant) for job in jobs} | {folder for folder, _ in found} | {tenant_folder("")})
     mine = {job.id for job in jobs}
     used = {file for job in learning.jobs.of_folders(folders) if found and job.id not in mine for file in job.files}
     return [f"files/{folder}/{file}" for folder, file in found if file not in used]

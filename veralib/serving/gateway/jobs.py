@@ -131,9 +131,9 @@ class Jobs:
     def _listed(self, entry: str) -> tuple[list[str], list[str]]:
         """(where a job may lie that an adapter's list names, its files): all folders and no file where the entry is damaged."""
         try:
-            record = self.records.read(entry)
+            record = self.records.read(entry, "tenant")
             return ([], []) if record is None else ([record["tenant"]], list(record.get("files", ())))
-        except (DamagedRecord, KeyError, TypeError, AttributeError):
+        except (DamagedRecord, TypeError):
             return self.records.names("jobs"), []
 
     def waiting(self) -> list[Job]:
@@ -141,7 +141,7 @@ class Jobs:
         found = []
         for name in sorted(self.records.names("waiting")):
             try:
-                entry = self.records.read(f"waiting/{name}")
+                entry = self.records.read(f"waiting/{name}", "tenant")
                 job = None if entry is None else self._read(entry["tenant"], name)
             except DamagedRecord as e:
                 LOG.error("jobs: %s waits no longer, as its record is damaged: %s", name, e)
@@ -164,7 +164,7 @@ class Jobs:
     def _waiting(self) -> Iterator[dict[str, Any]]:
         for name in self.records.names("waiting"):
             with contextlib.suppress(DamagedRecord):  # waiting() removes it
-                if (entry := self.records.read(f"waiting/{name}")) is not None:
+                if (entry := self.records.read(f"waiting/{name}", "tenant")) is not None:
                     yield entry
 
     def _read(self, folder: str, job: str) -> Job | None:
@@ -226,7 +226,7 @@ class Jobs:
 
     def ending(self, job: Job) -> dict[str, Any] | None:
         """How it ended, or None."""
-        return self.records.read(f"{job.folder}/end.json")
+        return self.records.read(f"{job.folder}/end.json", "status", "at")
 
     def has_ended(self, job: Job) -> bool:
         """Or was deleted."""
@@ -236,6 +236,18 @@ class Jobs:
     def forget(self, job: Job) -> None:
         """Removes all that is known of it."""
         self._forget(job.folder, job.id, job.owner_folder)
+
+    def forget_entries(self, name: str) -> None:
+        """What an adapter's list names still, where a deletion was killed after the job was gone; a young one's may just come."""
+        for job in self.records.names(owner_folder(name)):
+            if (
+                is_id("ftjob", job)
+                and seconds_since(job) > STALE_SECONDS
+                and not any(
+                    self.records.names(f"jobs/{folder}/{job}") for folder in self._listed(f"{owner_folder(name)}/{job}")[0]
+                )
+            ):
+                self._forget(f"jobs/_none/{job}", job, owner_folder(name))
 
     def forget_damaged(self, folder: str, job: str, name: str) -> None:
         """The same, by what of_owner found."""

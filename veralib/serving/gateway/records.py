@@ -56,8 +56,8 @@ class Records:
         except OSError as e:
             raise ConfigError(f"can't make the state folder {self.root}: {e.strerror or e}.") from e
 
-    def read(self, path: str) -> dict[str, Any] | None:
-        """A record, or None where there is none. DamagedRecord."""
+    def read(self, path: str, *needed: str) -> dict[str, Any] | None:
+        """A record, or None where there is none. DamagedRecord, also where a needed field isn't in it."""
         try:
             with _telling(path):
                 found = json.loads(self._files.read(path))
@@ -68,6 +68,8 @@ class Records:
         if not isinstance(found, dict):
             why = f"holds a {type(found).__name__}, expected an object of fields"
             raise DamagedRecord(f"{self.root / path} {why}. Restore it from a backup, or remove it.")
+        if missing := [field for field in needed if field not in found]:
+            raise DamagedRecord(f'{self.root / path} has no "{missing[0]}". Restore it from a backup, or remove it.')
         return found
 
     def write(self, path: str, record: Any) -> None:

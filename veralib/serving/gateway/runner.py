@@ -162,8 +162,9 @@ class _Carrying:
                 self._hold(pause)
                 self.runner._ending.wait(pause)
             if self.run.attempts >= self.learning.settings.attempts:
-                if len(self._open_jobs()) > 1:
-                    self._halve()
+                if len(self._open_jobs()) > 1:  # by halves, whoever makes the process fail is left alone and fails alone
+                    self._set_apart(2)
+                    self.runs.remove(self.run)
                     return
                 self._finish({})
             elif not self.runner._ending.is_set():
@@ -253,14 +254,13 @@ class _Carrying:
                 why, code = "The training process failed. The gateway's log says why; create the job again.", "training_failed"
             self.runs.fail(job, why, code)
 
-    def _halve(self) -> None:
-        """Its open jobs train again in two runs: by halves, whoever makes the process fail is left alone and fails alone."""
+    def _set_apart(self, runs: int) -> None:
+        """Its open jobs train again, in so many runs; this one is to be removed."""
         jobs = self._open_jobs()
         for number, (_, job) in enumerate(jobs):
             with self.learning.records.lock(job.name):
                 if not self.learning.jobs.has_ended(job):
-                    self.learning.jobs.set_apart(job, f"{self.run.id}/{2 * number // len(jobs)}")
-        self.runs.remove(self.run)
+                    self.learning.jobs.set_apart(job, f"{self.run.id}/{runs * number // len(jobs)}")
 
     def _open_jobs(self) -> list[tuple[Entry, Job]]:
         found = [(entry, self.runs.job(entry)) for entry in self.run.entries]
@@ -270,7 +270,7 @@ class _Carrying:
         return [entry for entry in self.run.entries if self.runs.job(entry) is None]
 
     def _drop_deleted(self) -> bool:
-        """Stops the process where somebody was deleted, takes out what is theirs; whether anybody is left."""
+        """Stops the process where somebody was deleted, takes out what is theirs; False where the run is to be removed."""
         if gone := self._deleted():
             if not self._stop():  # on another machine, whose gateway died
                 return True
@@ -279,7 +279,14 @@ class _Carrying:
             self._staged = None
             for entry in gone:
                 self._hold(FORGET_SECONDS)
-                self.run = drop(self.runs, self.run, [entry])
+                try:
+                    self.run = drop(self.runs, self.run, [entry])
+                except training.ForgetFailed as e:  # what is theirs goes with the whole run
+                    LOG.error(
+                        "jobs: the others of run %s begin anew, since a deleted one couldn't be taken out: %s", self.run.id, e
+                    )
+                    self._set_apart(1)
+                    return False
             self.renewed = 0.0  # the next renewal makes it short again
         return bool(self.run.entries)
 
