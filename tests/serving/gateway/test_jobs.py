@@ -309,7 +309,7 @@ def test_a_page_of_jobs_reads_its_own_jobs_alone(tmp_path, monkeypatch):
     made = [client.fine_tuning.jobs.create(model=BASE, training_file=file).id for _ in range(6)]
     (place.folder / "state/jobs/acme=3a" / new_id("ftjob")).mkdir()  # its maker was killed, or it is being made
     read, asked = place.learning.records.read, []
-    monkeypatch.setattr(place.learning.records, "read", lambda path: asked.append(path) or read(path))
+    monkeypatch.setattr(place.learning.records, "read", lambda path, *needed: asked.append(path) or read(path, *needed))
     page = place.http().get("/v1/fine_tuning/jobs?limit=2").json()
     assert [job["id"] for job in page["data"]] == made[:-3:-1] and page["has_more"]
     assert not any(made[0] in path for path in asked) and sum("job.json" in path for path in asked) <= 4
