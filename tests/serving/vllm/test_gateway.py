@@ -66,23 +66,24 @@ def test_a_new_version_answers_the_next_request(gateway):
 
 
 def test_a_client_that_leaves_takes_its_request_out_of_the_engine(gateway):
-    deadline, before = time.monotonic() + 60, {"vera_engine_requests_running": 0}
-    while before["vera_engine_requests_running"] != 1:  # vLLM counts after the step; a request may be over before anybody looks
-        assert time.monotonic() < deadline
+    """Again while a whole answer was over before the client had left: an engine that never heard of it writes one each time."""
+    whole, written, running, deadline = 480, 480.0, 0.0, time.monotonic() + 60
+    while written == whole or running != 1:  # vLLM counts what runs after the step
+        assert time.monotonic() < deadline, f"the last request wrote {written:.0f} tokens of {whole}"
         start = gateway.metrics()["vera_engine_generation_tokens_total"]
         stream = gateway.client.completions.create(
-            model="bob", prompt=PROMPT, max_tokens=480, temperature=0, stream=True, extra_body={"ignore_eos": True}
+            model="bob", prompt=PROMPT, max_tokens=whole, temperature=0, stream=True, extra_body={"ignore_eos": True}
         )
         next(iter(stream))
         before = gateway.metrics()
         stream.close()
         while (now := gateway.metrics())["vera_engine_requests_running"] or now["vera_running"]:
             assert time.monotonic() < deadline
-    assert before["vera_running"] == 1 and now["vera_disconnects_total"] == before["vera_disconnects_total"] + 1
-    written = now["vera_engine_generation_tokens_total"]
+        running, written = before["vera_engine_requests_running"], now["vera_engine_generation_tokens_total"] - start
+    assert 0 < written < whole and before["vera_running"] == 1
+    assert now["vera_disconnects_total"] == before["vera_disconnects_total"] + 1
     time.sleep(0.5)
-    assert gateway.metrics()["vera_engine_generation_tokens_total"] == written
-    assert written - start < 480
+    assert gateway.metrics()["vera_engine_generation_tokens_total"] == start + written
 
 
 def test_a_deleted_adapter_leaves_the_engine_with_all_its_versions(gateway):
