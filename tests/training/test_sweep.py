@@ -224,5 +224,11 @@ def test_the_shards_flag_is_checked(grid_file):
     assert listed.exit_code == 0 and len(listed.output.splitlines()) == 4
     some = CliRunner().invoke(build(), ["sweep", str(grid_file), "--only", "cola/vera", "--dry-run"])
     assert len(some.output.splitlines()) == 4 and "head" not in some.output
+    raw = yaml.safe_load(grid_file.read_text())
+    raw["methods"]["VeRA r=48"] = {"method": "vera", "rank": 48, "lr": 0.01}
+    grid_file.write_text(yaml.safe_dump(raw))
+    command = ["sweep", str(grid_file), "--dry-run", "--only"]
+    one, both = (CliRunner().invoke(build(), [*command, only]) for only in ("cola/vera r=4", "=4"))
+    assert len(one.output.splitlines()) == 4 and "r48" not in one.output and len(both.output.splitlines()) == 6
     none = CliRunner().invoke(build(), ["sweep", str(grid_file), "--only", "rte", "--dry-run"])
     assert none.exit_code == 1 and "cola/head only" in none.output

@@ -15,7 +15,7 @@ def sweep(
     output: str = Option(None, help="Folder for the result files; left out: the grid's own."),
     jobs: int = Option(1, min=1, help="Runs at a time, each on its own GPU, or its share of the cores."),
     shard: str = Option("1/1", help='"3/16": the third of 16 parts, one for each job of a cluster\'s array.'),
-    only: str = Option("", help='Only the runs whose "task/method" holds this: cola, "mrpc/LoRA".'),
+    only: str = Option("", help='Only the runs whose "task/method" is this or, where none is, holds it: cola, "mrpc/LoRA r=1".'),
     dry_run: bool = Option(False, "--dry-run", help="List the runs that are missing."),
 ) -> None:
     """Run a grid; runs that have their result file aren't repeated. Then shows each method at the rate that held-out rows choose.

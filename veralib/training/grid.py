@@ -102,10 +102,11 @@ class Grid:
     def missing(self, only: str = "", shard: tuple[int, int] = (1, 1)) -> list[Cell]:
         """The runs without a result file, seed by seed, so that an unfinished grid has every method and rate.
 
-        only: those whose "task/method" holds this text; ConfigError where no run of the grid does. shard: (3, 16) is the third of
-        16 parts, always the same runs, however many are done.
+        only: those whose "task/method" is this text or, where none is, holds it; ConfigError where no run of the grid does.
+        shard: (3, 16) is the third of 16 parts, always the same runs, however many are done.
         """
-        chosen = [c for c in self.cells if only.lower() in f"{c.task}/{c.name}".lower()]
+        named = [(f"{c.task}/{c.name}".lower(), c) for c in self.cells]
+        chosen = [c for name, c in named if name == only.lower()] or [c for name, c in named if only.lower() in name]
         if not chosen:
             there = ", ".join(dict.fromkeys(f"{c.task}/{c.name}" for c in self.cells))
             raise ConfigError(f'no run of this grid is called "{only}". There: {there}.')
