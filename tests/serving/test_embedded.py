@@ -228,7 +228,8 @@ def test_a_thousand_loads_take_no_more_memory(tmp_path):
         inside = engine.vera.inside
         assert engine.residents.statistics.adapters <= 8 and len(inside.members) <= 8
         assert len(inside.banks) <= 8 and len(inside.layouts) <= 16  # two keys lead to each
-        assert tensors[-1] <= tensors[0]
+        # Which eight stay, and of which ranks, isn't the same each time; 1,400 that stayed would be megabytes.
+        assert tensors[-1] - tensors[0] < 2**16
         # What stays grows with every 400 loads; the allocator's own habits add megabytes to some of them.
         assert objects[-1] - objects[0] < 500 and min(b - a for a, b in pairwise(held)) < 2**20
         assert engine.residents.statistics.evictions > 1550
