@@ -312,7 +312,7 @@ def test_old_files_are_gone_from_the_disk_before_the_index_forgets_them(tmp_path
     steps, unlink, sync = [], Path.unlink, segments.sync_folder
     monkeypatch.setattr(Path, "unlink", lambda path, **given: (steps.append("unlink"), unlink(path, **given))[1])
     monkeypatch.setattr(segments, "sync_folder", lambda path: (steps.append("sync"), sync(path))[1])
-    known = lambda: store._ask("SELECT count(*) FROM segments WHERE dead = 1")[0][0]  # noqa: E731
+    known = lambda: store._index.ask("SELECT count(*) FROM segments WHERE dead = 1")[0][0]  # noqa: E731
     monkeypatch.setattr(Segments, "remove", lambda *given, real=Segments.remove: (real(*given), steps.append(known()))[0])
     store.compact()
     assert steps[-3:] == ["unlink", "sync", 1]

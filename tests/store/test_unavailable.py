@@ -104,7 +104,7 @@ def test_a_packed_store_whose_index_cannot_be_read(tmp_path, monkeypatch):
             (sqlite3.DatabaseError("malformed"), False),
         ):
             with monkeypatch.context() as m:
-                m.setattr(store, "_index", lambda error=error: Broken(error))
+                m.setattr(store._index, "_connection", lambda error=error: Broken(error))
                 with pytest.raises(StoreError, match=str(error)) as e:
                     call()
             assert isinstance(e.value, StoreUnavailable) == unavailable

@@ -8,30 +8,19 @@ The records are the truth: they hold name and version, and an index that was los
 appends, waits for the disk, then writes the index, so a crash between the two leaves a record that the next opening finds.
 """
 
-import contextlib
-import fcntl
 import os
 import sqlite3
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from ..errors import StoreError, StoreUnavailable
 from .base import Store, Version
 from .codec import Configuration, Precision, digest_of
+from .index import Index, settle
 from .names import decoded, encoded
 from .record import ADAPTER, TOMBSTONE, Record, parse
 from .segments import SEGMENT_BYTES, Segments, sync_folder
-
-_TABLES = """
-CREATE TABLE IF NOT EXISTS adapters(
-    name BLOB NOT NULL, version INTEGER NOT NULL, segment INTEGER NOT NULL, place INTEGER NOT NULL, length INTEGER NOT NULL,
-    PRIMARY KEY(name, version)) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS segments(number INTEGER PRIMARY KEY, size INTEGER NOT NULL, dead INTEGER NOT NULL DEFAULT 0);
-CREATE TABLE IF NOT EXISTS configurations(digest BLOB PRIMARY KEY, text BLOB NOT NULL) WITHOUT ROWID;
-"""
 
 
 class PackedStore(Store):
@@ -43,13 +32,13 @@ class PackedStore(Store):
     def __init__(self, root: Path, precision: Precision = "float32", keep: int | None = None) -> None:
         super().__init__(precision, keep)
         self.root = root
-        self._local = threading.local()
+        self._index = Index(root)
         self._segments = Segments(root)
         self.recovered = 0
         """Records that the index lacked when the store was opened: written by somebody who was killed."""
         self.damaged = 0
         """Places among them that hold no whole record, and were passed over."""
-        with self._exclusive() as index:
+        with self._index.exclusive() as index:
             self._recover(index)
 
     def __repr__(self) -> str:
@@ -58,20 +47,18 @@ class PackedStore(Store):
     def close(self) -> None:
         super().close()
         self._segments.forget()
-        if (index := getattr(self._local, "index", None)) is not None:
-            index.close()
-            del self._local.index
+        self._index.close()
 
     # Asked
 
     def stamp(self, name: str) -> tuple[int, int]:
-        rows = self._ask("SELECT segment, place FROM adapters WHERE name = ? ORDER BY version DESC LIMIT 1", encoded(name))
+        rows = self._index.ask("SELECT segment, place FROM adapters WHERE name = ? ORDER BY version DESC LIMIT 1", encoded(name))
         if not rows:
             raise self._unknown(name)
         return rows[0]
 
     def current(self, name: str) -> int:
-        found = self._ask("SELECT max(version) FROM adapters WHERE name = ?", encoded(name))[0][0]
+        found = self._index.ask("SELECT max(version) FROM adapters WHERE name = ?", encoded(name))[0][0]
         if found is None:
             raise self._unknown(name)
         return found
@@ -80,7 +67,7 @@ class PackedStore(Store):
         start = prefix.encode("utf-8", "surrogatepass")
         last = b""
         while True:  # in pages: nobody holds a lock while the caller thinks
-            rows = self._ask("SELECT DISTINCT name FROM adapters WHERE name >= ? AND name > ? LIMIT 1000", start, last)
+            rows = self._index.ask("SELECT DISTINCT name FROM adapters WHERE name >= ? AND name > ? LIMIT 1000", start, last)
             for (raw,) in rows:
                 if not raw.startswith(start):
                     return
@@ -92,11 +79,11 @@ class PackedStore(Store):
     def page(self, prefix: str = "", after: str = "", limit: int = 100) -> list[str]:
         start, last = (text.encode("utf-8", "surrogatepass") for text in (prefix, after))
         query = "SELECT DISTINCT name FROM adapters WHERE name >= ? AND name > ? ORDER BY name LIMIT ?"
-        rows = self._ask(query, start, last, limit)
+        rows = self._index.ask(query, start, last, limit)
         return [decoded(raw) for (raw,) in rows if raw.startswith(start)]
 
     def versions(self, name: str) -> list[Version]:
-        rows = self._ask("SELECT version FROM adapters WHERE name = ? ORDER BY version", encoded(name))
+        rows = self._index.ask("SELECT version FROM adapters WHERE name = ? ORDER BY version", encoded(name))
         if not rows:
             raise self._unknown(name)
         out = []
@@ -107,11 +94,11 @@ class PackedStore(Store):
         return out
 
     def __len__(self) -> int:
-        return self._ask("SELECT count(DISTINCT name) FROM adapters")[0][0]
+        return self._index.ask("SELECT count(DISTINCT name) FROM adapters")[0][0]
 
     def _read(self, name: str, version: int | None) -> bytes | memoryview:
         for attempt in range(4):
-            rows = self._ask(
+            rows = self._index.ask(
                 "SELECT segment, place, length FROM adapters WHERE name = ? AND version = ifnull(?, version) "
                 "ORDER BY version DESC LIMIT 1",
                 *(encoded(name), version),
@@ -132,7 +119,7 @@ class PackedStore(Store):
     # Changed
 
     def _write(self, records: Sequence[Record]) -> list[int]:
-        with self._exclusive() as index:
+        with self._index.exclusive() as index:
             numbers, numbered, latest = [], [], {}
             for record in records:
                 name = encoded(record.name)
@@ -149,7 +136,7 @@ class PackedStore(Store):
         return numbers
 
     def delete(self, name: str) -> None:
-        with self._exclusive() as index:
+        with self._index.exclusive() as index:
             last = index.execute("SELECT max(version) FROM adapters WHERE name = ?", (encoded(name),)).fetchone()[0]
             if last is None:
                 raise self._unknown(name)
@@ -162,7 +149,7 @@ class PackedStore(Store):
         StoreUnavailable where a reader holds the index for so long that the old files had to stay: what was deleted is still in
         them, until the next call or the next opening.
         """
-        with self._exclusive() as index:
+        with self._index.exclusive() as index:
             before = sum(self._segments.sizes().values())
             old = [n for (n,) in index.execute("SELECT number FROM segments WHERE dead = 0")]
             rows = index.execute("SELECT name, version, segment, place, length FROM adapters ORDER BY segment, place").fetchall()
@@ -170,7 +157,7 @@ class PackedStore(Store):
             new = range(first, first + 1 + sum(length for *_, length in rows) // SEGMENT_BYTES)
             # The new files count as dead until all is in them: should this end halfway, nobody takes them for the truth.
             index.executemany("INSERT INTO segments VALUES(?, 0, 1)", [(n,) for n in new])
-            _settle(index)
+            settle(index)
             number, size = first, 0
             for k in range(0, len(rows), 4096):
                 part = [(name, version, bytes(self._segments.read(*place))) for name, version, *place in rows[k : k + 4096]]
@@ -184,7 +171,7 @@ class PackedStore(Store):
             # came back would give a new adapter the stamp of a deleted one.
             self._segments.path(first).touch()
             index.execute("UPDATE segments SET dead = 0 WHERE number = ? OR number > ? AND size > 0", (first, first))
-        with self._exclusive() as index:
+        with self._index.exclusive() as index:
             if not self._remove_dead(index):
                 raise StoreUnavailable(
                     f"{self.root} is compacted, but somebody reads an old state of its index, a backup perhaps, so the old files "
@@ -213,7 +200,7 @@ class PackedStore(Store):
         return rows
 
     def _keep_configuration(self, configuration: Configuration) -> None:
-        with self._exclusive() as index:
+        with self._index.exclusive() as index:
             index.execute("INSERT OR IGNORE INTO configurations VALUES(?, ?)", (configuration.digest, configuration.text))
             path = self.root / f"configuration-{configuration.digest.hex()}"
             if not path.exists():  # a copy beside the index, for the day it is lost
@@ -226,7 +213,7 @@ class PackedStore(Store):
                 sync_folder(self.root)
 
     def _read_configuration(self, digest: bytes) -> bytes | None:
-        rows = self._ask("SELECT text FROM configurations WHERE digest = ?", digest)
+        rows = self._index.ask("SELECT text FROM configurations WHERE digest = ?", digest)
         return rows[0][0] if rows else None
 
     # Opened
@@ -280,71 +267,8 @@ class PackedStore(Store):
         dead = [number for (number,) in index.execute("SELECT number FROM segments WHERE dead = 1")]
         if not dead:
             return True
-        if not _settle(index):
+        if not settle(index):
             return False
         self._segments.remove(dead)
         index.executemany("DELETE FROM segments WHERE number = ?", [(number,) for number in dead])
         return True
-
-    # Held
-
-    def _index(self) -> sqlite3.Connection:
-        """This thread's connection."""
-        if getattr(self._local, "index", None) is None or self._local.process != os.getpid():
-            path = self.root / "index.sqlite"
-            try:
-                index = sqlite3.connect(path, timeout=60, isolation_level=None)
-                index.execute("PRAGMA journal_mode=WAL")
-                index.execute("PRAGMA synchronous=NORMAL")  # the records are the truth, and they are synced
-                index.executescript(_TABLES)
-            except sqlite3.Error as e:
-                raise _index_error(f"the index {path} can't be opened: {e}", e) from e
-            self._local.index, self._local.process = index, os.getpid()
-        return self._local.index
-
-    def _ask(self, query: str, *values: Any) -> list[Any]:
-        """The rows."""
-        try:
-            return self._index().execute(query, values).fetchall()
-        except sqlite3.Error as e:
-            raise _index_error(f"the index of {self.root} can't be read: {e}", e) from e
-
-    @contextlib.contextmanager
-    def _exclusive(self) -> Iterator[sqlite3.Connection]:
-        """One writer at a time, over all threads and processes, in one transaction of the index."""
-        try:
-            lock = open(self.root / "lock", "ab")  # noqa: SIM115
-        except OSError as e:
-            raise StoreUnavailable(f"can't write {self.root / 'lock'}: {e.strerror or e}.") from e
-        with lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            index = self._index()
-            try:
-                index.execute("BEGIN IMMEDIATE")
-                yield index
-                index.execute("COMMIT")
-            except sqlite3.Error as e:
-                with contextlib.suppress(sqlite3.Error):
-                    index.execute("ROLLBACK")
-                raise _index_error(f"the index of {self.root} failed: {e}. What was there before is unchanged", e) from e
-            except BaseException:
-                with contextlib.suppress(sqlite3.Error):
-                    index.execute("ROLLBACK")
-                raise
-
-
-def _settle(index: sqlite3.Connection) -> bool:
-    """What the transaction changed so far is on the disk, whatever happens to the machine; False where readers kept it from that.
-
-    An ordinary commit may wait in the index's log, since the records make it good. What no record says may not.
-    """
-    index.execute("COMMIT")
-    busy = index.execute("PRAGMA wal_checkpoint(FULL)").fetchone()[0]
-    index.execute("BEGIN IMMEDIATE")
-    return not busy
-
-
-def _index_error(text: str, e: sqlite3.Error) -> StoreError:
-    if isinstance(e, sqlite3.OperationalError):  # locked, full, no permission, no disk
-        return StoreUnavailable(f"{text}.")
-    return StoreError(f"{text}. Remove it (index.sqlite*), and it is made anew from the data files.")
