@@ -238,7 +238,7 @@ def test_parts_of_a_tower_come_from_its_own_config():
     from transformers import Exaone4_5_Config
 
     config = Exaone4_5_Config(
-        text_config={"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 1},
+        text_config={"model_type": "exaone4", "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 1},
         vision_config={"hidden_size": 32, "num_heads": 4, "num_key_value_heads": 2},
     )
     qkv = nn.Linear(32, 64, device="meta")
