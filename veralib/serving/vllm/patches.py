@@ -20,7 +20,8 @@ from ...errors import StateError
 from . import residents, server
 from .settings import check_with_lora, settings_of
 
-TESTED = ("0.32.0",)
+TESTED = ("0.32.0", "0.33.0")
+"""0.33.0 with the compiled operators of 0.32.0, since no build of it for processors was there."""
 API_SERVER = "vllm.entrypoints."
 """How the names of an API server's modules begin."""
 
