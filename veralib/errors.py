@@ -6,6 +6,7 @@
     ├── AdapterMismatch    a sound adapter, but for another base model
     ├── UnknownName        no adapter, target, method … of that name; the known ones and the nearest are listed (also a KeyError)
     ├── StateError         the call doesn't fit the present state: merged, already attached, wrong number of rows
+    ├── TrainingDiverged   what a run trained isn't finite any more; `result` says the rest of what it did
     ├── DataError          a data set without the named columns, empty, or with labels never seen in training
     ├── EndpointError      an HTTP endpoint is down, refuses the key or the request, or doesn't answer in its protocol
     ├── StoreError         a store, or something in it, is damaged, of a newer format, or refused
@@ -17,6 +18,7 @@ A message says what was found, what was expected, where, and the next step.
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class VeraError(Exception):
@@ -44,6 +46,15 @@ class UnknownName(VeraError, KeyError):
 
 class StateError(VeraError, RuntimeError):
     """The call doesn't fit the present state of the model."""
+
+
+class TrainingDiverged(VeraError):
+    """Training left NaN or inf."""
+
+    def __init__(self, text: str, result: Any = None) -> None:
+        super().__init__(text)
+        self.result = result
+        """The run's Result, its scores NaN; None in processes that keep none."""
 
 
 class DataError(VeraError, ValueError):

@@ -142,6 +142,15 @@ def test_what_the_test_takes_is_no_validation(tmp_path, test):
     assert len(load_data(settings(data=tmp_path)).validation) == 2
 
 
+def test_a_file_that_is_the_test_is_no_validation_whatever_it_is_called_by(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("train", "dev"):
+        write_jsonl(tmp_path / f"{name}.jsonl", [{"text": f"{name} {i}", "label": str(i % 2)} for i in range(4)])
+    for test in (tmp_path / "dev.jsonl", "dev.jsonl", "./dev.jsonl"):
+        found = load_data(Settings(model="m", data=str(tmp_path), test=str(test)))
+        assert found.validation is None and len(found.test) == 4
+
+
 def test_labels_have_one_order_whatever_a_sets_is():
     for labels in itertools.permutations(("01", "1", "2")):
         assert ordered(dict.fromkeys(labels)) == ("01", "1", "2")

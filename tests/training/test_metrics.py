@@ -41,6 +41,14 @@ def test_constant_guesses_score_zero_instead_of_nan():
     assert pearson(np.array([1.0, 2, 3]), np.ones(3)) == 0
 
 
+@pytest.mark.parametrize(
+    ("task", "predictions"), [("classification", [[0.0, 1], [np.nan, np.nan]]), ("regression", [1.0, np.nan])]
+)
+def test_predictions_that_are_no_numbers_have_no_score(task, predictions):
+    found = metrics_of(task)[0](types.SimpleNamespace(label_ids=np.array([1, 0]), predictions=np.array(predictions)))
+    assert len(found) == 3 and np.isnan(list(found.values())).all()
+
+
 def test_correlations_equal_scipys_with_ties():
     rng = np.random.default_rng(0)
     truth = rng.integers(0, 6, 300) / 1.0

@@ -13,9 +13,10 @@ import pytest
 import torch
 import yaml
 
-from veralib.errors import ConfigError
-from veralib.training import sweep
-from veralib.training.grid import read_grid
+from veralib.errors import ConfigError, TrainingDiverged
+from veralib.paper.compare import chosen
+from veralib.training import sweep, train
+from veralib.training.grid import read_grid, settings_of
 from veralib.training.sweep import load_results, run_grid
 
 from .tiny import sentences
@@ -90,6 +91,28 @@ def test_runs_that_another_grid_has_made_are_taken_over_unless_a_setting_or_the_
     for file in first.glob("*/*.json"):
         file.write_text(json.dumps(json.loads(file.read_text()) | {"base": {"name": "tiny", "sha256": "another"}}))
     assert run_grid(read_grid(second, tmp_path / "again"), only="plain", log=said.append) == [] and "3 of 6 runs to do" in said
+
+
+def test_a_run_that_diverges_is_the_worst_of_its_methods_rates_and_is_not_run_again(grid_file, tmp_path):
+    raw = yaml.safe_load(grid_file.read_text())
+    raw["common"] |= {"epochs": 3, "metric": "accuracy"}
+    raw["methods"] = {"VeRA": {"method": "vera", "rank": 4}, "full": {"method": "full"}}
+    for name in raw["methods"]:
+        raw["methods"][name]["sweep"] = {"lr": [1.0e-3, 1.0e30]}
+    del raw["tasks"]["cola"]["metric"]
+    grid_file.write_text(yaml.safe_dump(raw))
+    grid = read_grid(grid_file, tmp_path / "out")
+    said: list[str] = []
+    assert run_grid(grid, log=said.append) == [] == grid.missing()
+    assert sum("eval_accuracy nan, test_accuracy nan" in line for line in said) == 4
+    lines = chosen(load_results(grid.output), "accuracy")
+    assert [(line.name, line.value, sorted(line.scores)) for line in lines] == [("full", 1e-3, [0, 1]), ("VeRA", 1e-3, [0, 1])]
+
+    settings = settings_of(next(c for c in grid.cells if c.value == 1e30), tmp_path / "run")
+    with pytest.raises(TrainingDiverged, match=r"lr was 1e\+30"):
+        train(settings)
+    assert not list((tmp_path / "run").glob("*.safetensors")) and not (tmp_path / "run" / "result.json").exists()
+    assert train(settings.model_copy(update={"lr": 1e-3})).metrics["test_accuracy"] > 0  # the folder is free for another rate
 
 
 def test_shards_add_up_and_a_failed_run_stops_nobody(grid_file, tmp_path, monkeypatch):

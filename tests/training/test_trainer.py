@@ -82,6 +82,8 @@ def test_patience_counts_evaluations_without_a_better_score():
 
     assert not stops([0.5, 0.4]) and stops([0.5, 0.4, 0.4]) and stops([0.5, 0.5, 0.5])
     assert not stops([0.5, 0.4, 0.6]) and not stops([0.3, 0.4, 0.5, 0.6])
+    nan = float("nan")
+    assert stops([nan, nan, nan]) and stops([0.5, nan, nan]) and not stops([nan, nan, 0.5]) and not stops([nan, 0.4, nan])
     assert stops([1.0, 1.1, 1.2], "loss") and not stops([1.0, 1.1, 0.9], "loss")
 
 

@@ -118,6 +118,11 @@ def _local_splits(settings: Settings):
             raise DataError(f"{folder} has {len(found)} files for split {name}: {', '.join(p.name for p in found)}; name one")
         return found[0] if found else None
 
+    def tested(name: str, file: Path) -> bool:
+        """Whether the test takes it, which then is no validation."""
+        test = settings.test
+        return test is not None and (test == name or (Path(test).is_file() and Path(test).samefile(file)))
+
     def read(files: Sequence[Path]):
         rows = [row for file in files for row in read_rows(file, settings.columns)]
         return rows, {file.name: sha256_file(file) for file in files}
@@ -132,8 +137,8 @@ def _local_splits(settings: Settings):
                 raise DataError(f"{folder} has no file {settings.split}.csv, .tsv, .jsonl or .txt. There: {there}.")
             return read([file])
         if wanted is None:
-            names = [n for n in VALIDATION_NAMES if n != settings.test] if role == "validation" and folder else []
-            file = next((f for name in names if (f := split_file(name))), None)
+            names = VALIDATION_NAMES if role == "validation" and folder else ()
+            file = next((f for name in names if (f := split_file(name)) and not tested(name, f)), None)
             return read([file]) if file else None
         if Path(wanted).is_file():
             return read([Path(wanted)])

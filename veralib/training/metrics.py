@@ -91,6 +91,8 @@ def metrics_of(task: str) -> tuple[Callable[[Any], dict[str, float]], Callable[[
 
 def _classification(p: Any) -> dict[str, float]:
     truth, logits = np.asarray(p.label_ids), np.asarray(p.predictions)
+    if np.isnan(logits).any():  # argmax would take them for the first class
+        return dict.fromkeys(("accuracy", "matthews", "f1"), math.nan)
     guess = logits.argmax(-1)
     return {
         "accuracy": accuracy(truth, guess), "matthews": matthews(truth, guess), "f1": f1(truth, guess, logits.shape[-1])
@@ -100,6 +102,8 @@ def _classification(p: Any) -> dict[str, float]:
 def _regression(p: Any) -> dict[str, float]:
     truth = np.asarray(p.label_ids, np.float64).reshape(-1)
     guess = np.asarray(p.predictions, np.float64).reshape(-1)
+    if not np.isfinite(guess).all():  # its ranks would be in order
+        return dict.fromkeys(("pearson", "spearman", "mse"), math.nan)
     mse = float(((truth - guess) ** 2).mean())
     return {"pearson": pearson(truth, guess), "spearman": spearman(truth, guess), "mse": mse}
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import shutil
 import time
 import warnings
@@ -9,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigError, need, unknown_text
+from ..errors import ConfigError, TrainingDiverged, need, unknown_text
 from .data import Data, load_data
 from .folder import check_output, open_run, times_resumed, write_json
 from .metrics import LOWER_IS_BETTER, METRICS, metrics_of
@@ -27,7 +28,8 @@ def train(settings: Settings, callbacks: Sequence[Any] = ()) -> Result:
     plot.png. A run that was killed goes on from its last checkpoint; on one process and the same machine it ends with the
     same bits as an uninterrupted one. callbacks: transformers' TrainerCallback objects.
 
-    Errors: ConfigError, DataError; StateError where the folder holds a finished run, or an interrupted one of other settings.
+    Errors: ConfigError, DataError, TrainingDiverged; StateError where the folder holds a finished run, or an interrupted one of
+    other settings.
     """
     try:
         import transformers
@@ -82,9 +84,11 @@ def train(settings: Settings, callbacks: Sequence[Any] = ()) -> Result:
             train_seconds = trainer.train_seconds()
         metrics = _final_metrics(trainer, sets)
 
-    result = None
+    result, diverged = None, not all(bool(tensor.isfinite().all()) for tensor in attached.trainable)
+    if diverged:
+        metrics = dict.fromkeys(metrics, math.nan)
     if trainer.is_world_process_zero():
-        files = attached.save(folder, _notes(settings, data, metrics))
+        files = [] if diverged else attached.save(folder, _notes(settings, data, metrics))
         steps = trainer.state.global_step
         result = Result(
             method=settings.method,
@@ -111,12 +115,19 @@ def train(settings: Settings, callbacks: Sequence[Any] = ()) -> Result:
             resumed=resumed,
             output=str(folder),
         )
-        if settings.plot:
+        if settings.plot and not diverged:
             draw_plot(result, folder / "plot.png", settings.resolved_metric)
-        write_json(folder / "result.json", result.to_dict())  # last: from here on the run counts as finished
+        if not diverged:
+            write_json(folder / "result.json", result.to_dict())  # last: from here on the run counts as finished
         if not settings.keep_checkpoints:
             shutil.rmtree(checkpoints, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
+    if diverged:
+        raise TrainingDiverged(
+            f"training diverged: what it trained holds NaN or inf after {trainer.state.global_step} steps, so nothing was saved "
+            f"to {folder}. Take a lower rate: lr was {settings.resolved_lr:g}, lr_head {settings.resolved_lr_head:g}.",
+            result,
+        )
     return result or load_result(folder)
 
 

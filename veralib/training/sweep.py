@@ -11,7 +11,7 @@ from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
-from ..errors import VeraError
+from ..errors import TrainingDiverged, VeraError
 from .data import sha256_file
 from .folder import write_json
 from .grid import Cell, Grid, settings_of
@@ -109,12 +109,15 @@ def _share(numbers: Any, jobs: int) -> None:
 
 
 def run_cell(cell: Cell, output: Path) -> str:
-    """One run; writes its result file, without this machine's paths, and gives its scores as text."""
+    """One run; writes its result file, without this machine's paths, and gives its scores as text: NaN where it diverged."""
     from .run import train
 
     with tempfile.TemporaryDirectory() as scratch:
         settings = settings_of(cell, Path(scratch) / "run")
-        result = train(settings).to_dict()
+        try:
+            result = train(settings).to_dict()
+        except TrainingDiverged as e:  # a score of this rate too, and it would come again
+            result = e.result.to_dict()
     report = {
         **{"task": cell.task, "name": cell.name, "rate": cell.rate, "value": cell.value, "base": _base(settings.model)},
         "settings": cell.settings,

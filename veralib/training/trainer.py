@@ -5,6 +5,7 @@ every other file's size; what has no matching seal is no checkpoint and is delet
 """
 
 import json
+import math
 import os
 import random
 import shutil
@@ -193,7 +194,7 @@ class Patience(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         key = f"eval_{self.metric}"
-        values = [self.sign * h[key] for h in state.log_history if key in h]
+        values = [self.sign * h[key] if math.isfinite(h[key]) else -math.inf for h in state.log_history if key in h]
         if len(values) > self.patience and max(values[-self.patience :]) <= max(values[: -self.patience]):
             control.should_training_stop = True
 
