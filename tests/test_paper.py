@@ -85,6 +85,14 @@ def test_every_table_and_figure_is_drawn_by_its_name_where_nothing_was_run(tmp_p
     assert (tmp_path / "out/fig4.png").stat().st_size > 1000  # the paper's bars
 
 
+@pytest.mark.parametrize("name", [*(f"table{n}" for n in range(1, 14)), "fig3", "fig4", "fig5", "intruders"])
+def test_a_committed_page_is_what_its_command_writes(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(ROOT)
+    make(name, tmp_path)
+    committed = (ROOT / "results" / "paper" / f"{name}.md").read_text(encoding="utf-8")
+    assert (tmp_path / f"{name}.md").read_text(encoding="utf-8") == committed, f"write it anew: vera reproduce {name}"
+
+
 def test_hyperparameters_are_the_printed_ones_and_a_difference_would_show(tmp_path, monkeypatch):
     counted = {}
     for name in hyperparameters.PRINTED:

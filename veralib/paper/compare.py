@@ -45,6 +45,8 @@ class Line:
     seconds_per_step: float
     lower: bool = False
     """Whether less is better."""
+    edge: str = ""
+    """"lowest" or "highest" where the chosen rate is that of several that were tried: a better one may lie beyond."""
 
 
 def chosen(results: Sequence[dict[str, Any]], metric: str) -> list[Line]:
@@ -71,11 +73,12 @@ def chosen(results: Sequence[dict[str, Any]], metric: str) -> list[Line]:
         lines.append(
             Line(
                 **{"task": runs[0]["task"], "name": name, "rate": runs[0]["rate"], "value": value},
-                **{"parameters": runs[0]["adapter_parameters"], "bytes": runs[0]["adapter_bytes"]},
+                **{"parameters": runs[0]["adapter_parameters"], "bytes": max(r["adapter_bytes"] for r in runs)},
                 held_out={r["seed"]: 100 * r["metrics"][f"eval_{metric}"] for r in runs},
                 scores={r["seed"]: 100 * r["metrics"][f"test_{metric}"] for r in runs},
                 seconds_per_step=statistics.median(r["seconds_per_step"] for r in runs),
                 lower=lower,
+                edge={min(rates): "lowest", max(rates): "highest"}.get(value, "") if len(rates) > 1 else "",
             )
         )
     return lines

@@ -56,8 +56,9 @@ def make(
         *([grid.about] if grid.about else []),
         "The rate is the one with the best mean on held-out training rows; the test set is scored once a run. "
         f"{average.capitalize()} ± standard deviation over seeds. The head trains in full in every method; it counts in the "
-        f"bytes, not in the parameters. On par: the whole interval within ± {MARGIN:g} points, a margin of our choice. Steps are "
-        "timed with other runs beside them.",
+        f"bytes, not in the parameters. On par: the whole interval within ± {MARGIN:g} points, a margin of our choice. The "
+        "interval is of the seeds alone: it says nothing of other test rows than these, and isn't widened for the number of "
+        "comparisons. Steps are timed with other runs beside them.",
         *([f"{' and '.join(grid.against)}: runs of another grid with the same settings, in {beside}."] if beside else []),
         *_machine(results),
         f"{len(missing)} of {len(grid.cells)} runs are missing" + (f": `vera sweep {grid_file}`" if missing else "") + ".",
@@ -91,8 +92,9 @@ def average_std(values: Any, average: str = "mean") -> str:
 
 def _line(line: Line, average: str) -> tuple[str, ...]:
     test = average_std(line.scores.values(), average)
+    rate = f"{line.rate} {line.value:g}" + (f" (the {line.edge} tried)" if line.edge else "")
     return (
-        *(line.name, f"{line.parameters:,}", f"{line.bytes:,}", f"{line.rate} {line.value:g}"),
+        *(line.name, f"{line.parameters:,}", f"{line.bytes:,}", rate),
         *(average_std(line.held_out.values(), average), f"**{test}**", str(len(line.scores))),
         f"{1000 * line.seconds_per_step:.0f}",
     )
