@@ -44,7 +44,10 @@ class Served:
             self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
         deadline = time.monotonic() + 240
         while True:
-            assert self.process.poll() is None and time.monotonic() < deadline, self.log.read_text()[-3000:]
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                if self.process.poll() is None:
+                    self.end()
+                pytest.fail(self.log.read_text()[-3000:])
             try:
                 if httpx2.get(self.url + ready).status_code == 200:
                     break
