@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
 from tests.conftest import randomise, tiny_bert, tiny_gpt2, tiny_llama, tokens
 from tests.reference import logits
@@ -238,6 +239,56 @@ def handle_of(model):
     from veralib import handle
 
     return handle(model)
+
+
+class Autoencoder(nn.Module):
+    def __init__(self, tie):
+        super().__init__()
+        self.enc, self.dec = nn.Linear(24, 16), nn.Linear(16, 24)
+        both = torch.randn(768)
+        if tie == "transposed":
+            self.dec.weight.data = self.enc.weight.data.t()
+        elif tie == "slices of one":
+            self.enc.weight.data, self.dec.weight.data = both[:384].view(16, 24), both[384:].view(24, 16)
+
+    def forward(self, x):
+        return self.dec(torch.relu(self.enc(x)))
+
+
+@pytest.mark.parametrize("targets", [["enc"], ["dec"], ["enc", "dec"]])
+def test_weights_that_share_memory_without_being_one_parameter_are_refused(targets):
+    model = Autoencoder("transposed")
+    before = bits(model)
+    vera = attach(model, VeraConfig(rank=4, targets=targets))
+    randomise(vera, "default")
+    with pytest.raises(StateError, match="same memory"):
+        vera.merge()
+    vera.detach()
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    model, x = Autoencoder("slices of one"), torch.randn(3, 24)
+    vera = attach(model, VeraConfig(rank=4, targets=targets))
+    randomise(vera, "default")
+    with torch.no_grad():
+        unmerged = model(x)
+        vera.merge()
+        torch.testing.assert_close(model(x), unmerged, rtol=1e-4, atol=1e-4)
+
+
+def test_weights_that_are_computed_are_not_merged_into():
+    from torch.nn.utils import parametrizations, prune
+
+    for compute in (lambda m: prune.l1_unstructured(m, "weight", 0.5), parametrizations.weight_norm, parametrizations.orthogonal):
+        model, x = Autoencoder("no"), torch.randn(3, 24)
+        compute(model.enc)
+        vera = attach(model, VeraConfig(rank=4, targets=["enc", "dec"]))
+        randomise(vera, "default")
+        with torch.no_grad():
+            adapted = model(x)
+            with pytest.raises(StateError, match="weight of enc: it is computed"):
+                vera.merge()
+            assert torch.equal(model(x), adapted)  # nothing was written
+            vera.use(None)
+            assert not torch.allclose(model(x), adapted)
 
 
 def test_merging_a_tied_head_is_refused():

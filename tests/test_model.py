@@ -5,6 +5,7 @@ import dataclasses
 import io
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -309,6 +310,32 @@ def test_a_trained_bias_of_an_adapted_linear_gets_its_gradient(plan, loaded):
         expected = torch.autograd.grad(plain(x).square().sum(), [plain[0].bias, plain[2].bias])
         for bias, grad in zip(torch.autograd.grad(model(x).square().sum(), biases), expected, strict=True):
             torch.testing.assert_close(bias, grad)
+
+
+def test_a_model_called_by_parts_sees_what_numpy_wrote_into_x():
+    class TwoLinears(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = torch.nn.Linear(32, 16), torch.nn.Linear(32, 16)
+
+        def encode(self, x):
+            return self.a(x) * self.b(x)
+
+    model = TwoLinears()
+    vera = attach(model, VeraConfig(rank=4, targets=["a", "b"]))
+    randomise(vera, "default")
+    for plan in (None, "factored"):
+        vera.runtime.plan = plan
+        buffer = np.random.default_rng(0).standard_normal((2, 32), np.float32)
+        x = torch.from_numpy(buffer)  # numpy's writes leave no trace in it
+        with torch.no_grad():
+            model.encode(x)
+            buffer[:] = 1 - buffer
+            assert torch.equal(model.encode(x), model.encode(x.clone()))
+            with vera.rows(["default", None]):
+                model.encode(x)
+                buffer[:] = 1 - buffer
+                assert torch.equal(model.encode(x), model.encode(x.clone()))
 
 
 def test_layers_that_read_the_same_x_share_one_product_with_A():

@@ -67,6 +67,7 @@ class Site:
         if not units:
             return _with_bias(base(x), module, own_bias)
         vectors = member.tensors(units) if not _is_replica(module) else _replica_vectors(module, member, units, x.device)
+        self.runtime.begins(self, x)
         device = x.device.type
         autocast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
         dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
@@ -134,6 +135,7 @@ class Site:
         if _is_replica(module):
             raise StateError("vera.rows() doesn't work inside nn.DataParallel: use DistributedDataParallel (torchrun).")
         rows = self.check_rows(x, selection)
+        self.runtime.begins(self, x)
         h = base(x)
         buckets = selection.buckets(self.layer)
         changed = [m for m in selection.distinct if self.layer in m.biases]

@@ -146,6 +146,16 @@ def _readable(module: nn.Module, what: str) -> Tensor:
     return weight
 
 
+def refuse_computed(module: nn.Module, where: str) -> None:
+    """StateError where the weight is made of other tensors before each forward, so that writing it changes nothing."""
+    own = "weight" in module._parameters or "weight" in module._buffers
+    if not own and not quantisation(module) and isinstance(getattr(module, "weight", None), Tensor):
+        raise StateError(
+            f"can't write the weight of {where}: it is computed from other tensors (pruning, weight_norm, a parametrisation). "
+            "Make it permanent first (torch.nn.utils.prune.remove, remove_parametrizations), or serve the adapter unmerged."
+        )
+
+
 def read_weight(module: nn.Module) -> Tensor:
     """W0 (m, n), detached; dequantised where it is quantised: 4-bit in the dtype it was quantised from, int8 in fp32.
 

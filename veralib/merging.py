@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import kernels, sharded
 from .autograd import UnitSpec
@@ -17,7 +18,7 @@ from .bank import Member
 from .core import delta_weight
 from .errors import ConfigError, StateError, VeraWarning
 from .heads import plain_copy
-from .linears import Snapshot, is_conv1d, is_plain, quantisation, read_weight, restore, snapshot
+from .linears import Snapshot, is_conv1d, is_plain, quantisation, read_weight, refuse_computed, restore, snapshot
 from .merge_report import MergeReport, Tally
 
 if TYPE_CHECKING:
@@ -292,7 +293,10 @@ def _from_disk(kept: Kept) -> None:
 
 
 def _refuse_ties(vera: "Vera", member: Member) -> None:
-    """A tied weight is two layers': ΔW would change both."""
+    """A tied weight is two layers': ΔW would change both. So is memory that two weights share, and a weight that is computed from
+    others can't be written at all."""
+    for layer in member.layout.by_layer:
+        refuse_computed(vera.inside.sites[layer], layer)
     adapted = {id(getattr(vera.inside.sites[n], "weight", n)): n for n in member.layout.by_layer}
     own = {n: {id(vera.inside.sites[n])} for n in member.layout.by_layer}
     for head in member.heads:  # a head is written over as a whole
@@ -305,3 +309,29 @@ def _refuse_ties(vera: "Vera", member: Member) -> None:
                     f'the weight of "{adapted[id(p)]}" is tied to "{name}.{key}": merging would change both. Leave that layer '
                     "out of the targets, or serve the adapter unmerged."
                 )
+    _refuse_overlaps(vera, member)
+
+
+def _refuse_overlaps(vera: "Vera", member: Member) -> None:
+    """StateError where the memory of a weight that will be written is also another's (`a.weight.data = b.weight.data.t()`)."""
+    written = {id(getattr(vera.inside.sites[layer], "weight", None)) for layer in member.layout.by_layer}
+    written |= {id(p) for head in member.heads for p in vera.inside.heads[head].parameters()}
+    places = sorted((*place, name, id(p) in written) for name, p in vera.model.named_parameters() if (place := _place(p)))
+    reached: dict[tuple[str, bool], tuple[int, str]] = {}
+    for device, first, end, name, mine in places:
+        for before in (True, False) if mine else (True,):
+            stop, other = reached.get((device, before), (0, ""))
+            if first < stop:
+                raise StateError(
+                    f'"{name}" and "{other}" lie in the same memory: merging would change both. Leave the layer out of the '
+                    "targets, serve the adapter unmerged, or give one of them a copy of its own."
+                )
+        reached[device, mine] = max(reached.get((device, mine), (0, "")), (end, name))
+
+
+def _place(p: Tensor) -> tuple[str, int, int] | None:
+    """(device, first byte, end) of a tensor; None where it has no memory of its own."""
+    if p.is_meta or not p.numel() or p.layout is not torch.strided or is_traceable_wrapper_subclass(p):
+        return None
+    extent = 1 + sum((n - 1) * stride for n, stride in zip(p.shape, p.stride(), strict=True))
+    return str(p.device), p.data_ptr(), p.data_ptr() + extent * p.element_size()

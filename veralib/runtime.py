@@ -144,6 +144,16 @@ class Runtime:
             memo[key] = flat.to(dtype)
         return memo[key]
 
+    def begins(self, site: object, x: Tensor) -> None:
+        """A layer begins on x. One that has read it before is in another forward, of a model called by parts: x may have been
+        written over meanwhile without a trace (memory shared with numpy)."""
+        local = self._local
+        local.site = id(site)
+        if getattr(local, "x", None) is x:
+            if local.site in local.readers:
+                self.clear_memo()
+            local.readers.add(local.site)
+
     def _memo(self, x: Tensor) -> dict:
         local = self._local
         if x.is_inference():  # no version counter: a change in place couldn't be seen
@@ -153,6 +163,7 @@ class Runtime:
         segment = None if hook is None else hook[0]
         if getattr(local, "x", None) is not x or local.version != x._version or local.segment is not segment:
             local.x, local.version, local.segment, local.memo = x, x._version, segment, {}
+            local.readers = {getattr(local, "site", 0)}
             if torch._C._current_graph_task_id() >= 0:  # a checkpoint's recomputation: no forward of the root clears it
                 mine = local.__dict__  # this thread's: on a GPU the callback runs in another
                 end = lambda: mine.update(x=None, segment=None, memo=None)  # noqa: E731
@@ -189,4 +200,4 @@ class Runtime:
         self._written += 1
 
     def clear_memo(self) -> None:
-        self._local.x, self._local.segment, self._local.memo = None, None, {}
+        self._local.x, self._local.segment, self._local.memo, self._local.readers = None, None, {}, set()
