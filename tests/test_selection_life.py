@@ -97,6 +97,101 @@ def test_a_record_ends_with_its_backward():
     assert gradients[0] and all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
 
 
+class Towers(nn.Module):
+    """Two encoders that are called by themselves, never through forward, each a checkpointed segment."""
+
+    def __init__(self, reentrant):
+        super().__init__()
+        torch.manual_seed(0)
+        self.backbone, self.reentrant = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)), reentrant
+
+    def encode(self, x):
+        return self.backbone(x) if self.reentrant is None else checkpoint(self.backbone, x, use_reentrant=self.reentrant)
+
+
+def by_parts(reentrant, name, forwards=1, before=None):
+    """The gradients of both adapters after the backward of `forwards` calls of a part, its with having ended."""
+    vera = two(Towers(reentrant))
+    vera.model.train()
+    vera.use("b")
+    if before is not None:
+        before(vera)
+    loss = torch.tensor(0.0)
+    for k in range(forwards):
+        with vera.using(name):
+            loss = loss + vera.model.encode(torch.full((3, 6), 0.1 * (k + 1), requires_grad=True)).square().sum()
+    loss.backward()
+    return [p.grad for owner in "ab" for p in vera.parameter_groups(name=owner)[0]["params"]]
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("name, forwards", [("a", 1), ("a", 2), (None, 1)])
+def test_a_checkpointed_part_called_by_itself_trains_as_without_checkpointing(reentrant, name, forwards):
+    for one, other in zip(by_parts(None, name, forwards), by_parts(reentrant, name, forwards), strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_an_evaluation_of_another_adapter_between_is_no_forward_of_the_backward(reentrant):
+    def look(vera):
+        vera.model.eval()
+        with torch.no_grad(), vera.using("b"):
+            vera.model.backbone(torch.ones(2, 6))
+        vera.model.train()
+
+    for one, other in zip(by_parts(None, "a"), by_parts(reentrant, "a", before=look), strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_parts_with_two_adapters_under_one_checkpointed_backward_are_refused_once(reentrant):
+    vera = two(Towers(reentrant))
+    vera.model.train()
+
+    def encode(name):
+        with vera.using(name):
+            return vera.model.encode(torch.ones(3, 6, requires_grad=True)).square().sum()
+
+    with pytest.raises(StateError, match="Call backward once for each forward"):
+        (encode("a") + encode("b")).backward()
+    vera.model.zero_grad()
+    encode("a").backward()
+    assert all(p.grad is not None for p in vera.parameter_groups(name="a")[0]["params"])
+    assert all(p.grad is None for p in vera.parameter_groups(name="b")[0]["params"])
+
+
+def test_the_root_with_one_adapter_and_a_part_with_another_under_one_backward_are_refused():
+    vera = two(Checkpointed())
+    with vera.using("a"):
+        whole = vera.model(torch.ones(3, 6)).sum()
+    with vera.using("b"):
+        part = vera.model.inner(torch.ones(3, 6, requires_grad=True)).sum()
+    with pytest.raises(StateError, match="Call backward once for each forward"):
+        (whole + part).backward()
+
+
+def test_one_adapter_chosen_twice_under_one_checkpointed_backward_is_one():
+    vera = two(Checkpointed())
+    gradients = []
+    for checkpointed in (False, True):
+        vera.model.zero_grad()
+        if not checkpointed:
+            vera.model.inner = vera.model.backbone
+        losses = []
+        for k in range(2):
+            with vera.using("a"):
+                losses.append(vera.model(torch.full((3, 6), k + 1.0)).square().sum())
+        vera.model.__dict__.pop("inner", None)
+        sum(losses).backward()
+        gradients.append([p.grad.clone() for p in vera.parameter_groups(name="a")[0]["params"]])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_banks_of_adapters_that_left_are_freed():
     vera = attach(tiny_llama())
     for seed in range(12):

@@ -100,7 +100,7 @@ class HeadSite:
 
     def forward(self, module: nn.Module, base: Callable, args: tuple, kwargs: dict) -> Any:
         self.called = True
-        selection = self.runtime.current()
+        selection = self.runtime.current(module.training)
         if selection.kind == "base":
             return base(*args, **kwargs)
         if selection.kind == "one":

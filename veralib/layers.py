@@ -50,7 +50,7 @@ class Site:
     def forward(self, module: nn.Module, base: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """base: the module's own forward. x: (..., n) -> (..., m)."""
         self.called = True
-        selection = self.runtime.current()
+        selection = self.runtime.current(module.training)
         if selection.kind == "base":
             return base(x)
         if selection.kind == "one":

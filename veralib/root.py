@@ -142,9 +142,9 @@ def _before_root(model: Any, args: Any) -> None:
     if torch.compiler.is_compiling():
         return
     vera = model._vera_handle
+    vera.runtime.begin_root()
     if vera.merged is not None and model.training and torch.is_grad_enabled() and any(m.trainable for m in vera.members.values()):
         raise StateError(f'adapter "{vera.merged}" is merged, and its vectors get no gradient so: call unmerge() to train.')
-    vera.runtime.forget_record()
     if model.training and torch.is_grad_enabled():
         checkpoint.keep_float32(vera)
 
@@ -153,12 +153,12 @@ def _after_root(model: Any, args: Any, output: Any) -> None:
     if torch.compiler.is_compiling():
         return
     vera = model._vera_handle
-    vera.runtime.clear_memo()
+    vera.runtime.end_root()
     if output is None or torch._C._current_graph_task_id() >= 0:
         return  # a forward that failed has no output
-    vera.inside.warn_uncalled(vera.runtime.overridden() or vera.runtime.active)
+    selection = vera.runtime.overridden() or vera.runtime.active
+    vera.inside.warn_uncalled(selection)
     if torch.is_grad_enabled():
-        selection = vera.runtime.current()
         for leaf in tree_leaves(output):
             if isinstance(leaf, Tensor) and leaf.requires_grad:
                 leaf.register_hook(lambda g, s=selection, r=vera.runtime: r.note_backward(s))

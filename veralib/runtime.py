@@ -30,8 +30,10 @@ class Runtime:
         self.merged: str | None = None
         self.plan: Plan | None = None
         self._local = threading.local()
-        self._record: tuple[int, set[Selection]] | None = None
-        self._last_seen: Selection | None = None
+        self._record: tuple[int, list[Selection]] | None = None
+        self._seen: dict[bool, list[Selection]] = {True: [], False: []}
+        """By parts of the model, since the last backward: what forwards with gradients followed, and without while training.
+        Two at most: more than one can't be told apart."""
         self._written = 0
         self.lock = threading.RLock()
         """Held while an adapter comes or goes."""
@@ -46,47 +48,69 @@ class Runtime:
         self.__init__()  # type: ignore[misc]
         self.__dict__.update(state)
 
-    def current(self) -> Selection:
-        """The selection that a layer must follow now."""
+    def current(self, training: bool = False) -> Selection:
+        """The selection that a layer must follow now. training: whether the layer that asks is in training mode."""
         if self.merged is not None:
             return BASE
         if torch._C._current_graph_task_id() >= 0:
             return self._in_backward()
         stack = getattr(self._local, "stack", None)
         selection = stack[-1] if stack else self.active
-        if torch.is_grad_enabled():
-            self._last_seen = selection
+        grad = torch.is_grad_enabled()
+        if not getattr(self._local, "in_root", False) if grad else training:  # a reentrant checkpoint runs without gradients
+            _add(self._seen[grad], selection)
         return selection
 
     def _in_backward(self) -> Selection:
+        """What the recomputed layer's forward followed: the root tells, by its output's gradient; parts called by themselves
+        are told apart where all forwards since the last backward followed one selection."""
+        selections: list[Selection] = []
+        for selection in (*(self._record[1] if self._record else ()), *self._seen[True]):
+            _add(selections, selection)
+        selections = selections or self._seen[False]
         if self._record is None:
-            return self._last_seen or self.active
-        selections = self._record[1]
+            self._start_record()
         if len(selections) > 1:
+            self._forget()
             raise StateError(
                 "gradient checkpointing recomputes a layer while the gradients of several forwards with different rows() or "
                 "use() flow in one backward: which adapter it ran with can't be known. Call backward once for each forward, "
+                "run the forwards that train nothing under torch.no_grad(), "
                 "or give checkpoint a context_fn that enters the same vera.rows(...) for the recomputation."
             )
-        return next(iter(selections))
+        return selections[0] if selections else self.active
 
-    def forget_record(self) -> None:
+    def begin_root(self) -> None:
+        """The root's forward begins."""
+        self._local.in_root = True
         if torch._C._current_graph_task_id() < 0:
             self._record = None
 
+    def end_root(self) -> None:
+        """The root's forward has ended, or failed."""
+        self._local.in_root = False
+        self.clear_memo()
+
+    def _forget(self) -> None:
+        self._record = None
+        self._seen = {True: [], False: []}
+
     def note_backward(self, selection: Selection) -> None:
         """Called by the root output's gradient hook: from here on this selection's layers may be recomputed."""
-        task = torch._C._current_graph_task_id()
-        if self._record is None or self._record[0] != task:
-            record: tuple[int, set[Selection]] = (task, set())
-            self._record = record
+        if self._record is None or self._record[0] != torch._C._current_graph_task_id():
+            self._start_record()
+        _add(self._record[1], selection)  # type: ignore[index]
 
-            def end() -> None:
-                if self._record is record:
-                    self._record = None
+    def _start_record(self) -> None:
+        """A backward's record, until its end."""
+        record: tuple[int, list[Selection]] = (torch._C._current_graph_task_id(), [])
+        self._record = record
 
-            torch.autograd.Variable._execution_engine.queue_callback(end)  # type: ignore[attr-defined]
-        self._record[1].add(selection)
+        def end() -> None:
+            if self._record is record:
+                self._forget()
+
+        torch.autograd.Variable._execution_engine.queue_callback(end)  # type: ignore[attr-defined]
 
     @contextmanager
     def override(self, selection: Selection):
@@ -201,3 +225,9 @@ class Runtime:
 
     def clear_memo(self) -> None:
         self._local.x, self._local.segment, self._local.memo, self._local.readers = None, None, {}, set()
+
+
+def _add(selections: list[Selection], selection: Selection) -> None:
+    """One more selection in a list of different ones, which needs no third."""
+    if len(selections) < 2 and not any(selection.same(s) for s in selections):
+        selections.append(selection)

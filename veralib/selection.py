@@ -87,6 +87,10 @@ class Selection:
             return (self.member,) if self.member else ()
         return tuple(dict.fromkeys(m for m in self.members if m is not None))
 
+    def same(self, other: "Selection") -> bool:
+        """Whether each row has the same adapter in both."""
+        return self is other or (self.kind, self.member, self.members) == (other.kind, other.member, other.members)
+
     def repeated(self, times: int) -> "Selection":
         """Each row `times` times in a row: what generate does to a batch for beams and several return sequences."""
         key = ("repeated", times)

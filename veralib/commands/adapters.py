@@ -16,6 +16,9 @@ def merge(
     dtype: str = Option(None, help="Type of the weights: float32 (as trained), bfloat16, float16, auto (the checkpoint's)."),
     task: str = Option(None, help="classification, regression, images or a language task; known of our own files."),
     labels: str = Option(None, help="Label names in the order of their ids, with commas; known of our own files."),
+    model_class: str = Option(
+        None, "--class", help="transformers' class of the base, AutoModelForTokenClassification for one; else the task's."
+    ),
 ) -> None:
     """Write an adapter into its base model's weights: a plain model that transformers loads without veralib.
 
@@ -30,6 +33,7 @@ def merge(
 
     from .. import attach
     from ..merge_report import MergeReport
+    from ..training.classes import check_new, load_by_class
     from ..training.loading import load_base, quiet_transformers
     from ..training.predict import find_source, read_adapter, restore
     from ..training.tokens import chat_template
@@ -40,12 +44,19 @@ def merge(
     names = [part.strip() for part in labels.split(",")] if labels else None
     source = find_source(adapter, {"model": model, "dtype": dtype, "task": task, "labels": names})
     torch.manual_seed(0)
-    base = load_base(source.settings, source.labels)
+    loaded = read_adapter(source.path) if source.settings.method == "vera" else None
+    if loaded is not None and (model_class or not source.told):
+        base = load_by_class(source.settings, loaded, model_class, names or ())
+    elif model_class:
+        raise ConfigError(f"--class is for VeRA adapters, and {adapter} was trained with {source.settings.method}")
+    else:
+        base = load_base(source.settings, source.labels)
     if base.tokenizer is not None and source.settings.chat_template:
         chat_template(source.settings, base.tokenizer)  # saved with the tokenizer: the merged model is prompted as it was trained
-    if source.settings.method == "vera":
+    if loaded is not None:
         vera = attach(base.model)
-        vera.load(read_adapter(source.path), name="adapter")
+        vera.load(loaded, name="adapter")
+        check_new(base, loaded, adapter)
         report: MergeReport | None = vera.merge("adapter", keep=None)
     else:
         attached = restore(source, base)
@@ -58,7 +69,8 @@ def merge(
     try:
         with quiet_transformers():
             base.model.save_pretrained(folder)
-            (base.tokenizer or base.processor).save_pretrained(folder)
+            if prepares := base.tokenizer or base.processor:
+                prepares.save_pretrained(folder)
     except OSError as e:
         raise ConfigError(f"can't write {folder}: {e.strerror or e}") from e
     if report is None:

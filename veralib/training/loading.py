@@ -24,6 +24,8 @@ class Base:
     max_length: int
     processor: Any = None
     """transformers' image processor where it reads images."""
+    new: tuple[str, ...] = ()
+    """Modules that start at random: the checkpoint has no weights for them, or of another size."""
 
 
 def load_base(settings: Settings, labels: Sequence[str] = ()) -> Base:
@@ -71,7 +73,8 @@ def load_base(settings: Settings, labels: Sequence[str] = ()) -> Base:
         model.config.pad_token_id = tokenizer.pad_token_id
     positions = getattr(model.config, "max_position_embeddings", None) or settings.max_length
     longest = min(settings.max_length, tokenizer.model_max_length, positions)
-    return Base(model, tokenizer, head_modules(model, info["missing_keys"]) if classifies else (), longest)
+    new = new_modules(info)
+    return Base(model, tokenizer, head_modules(model, new) if classifies else (), longest, new=new)
 
 
 def _load_image_base(settings: Settings, auto: Any, options: dict[str, Any], labels: Sequence[str]) -> Base:
@@ -89,31 +92,41 @@ def _load_image_base(settings: Settings, auto: Any, options: dict[str, Any], lab
     model, info = auto.from_pretrained(settings.model, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     keep_unpacked(model)
     resized = [key for key, *_ in info["mismatched_keys"]]
-    head = head_modules(model, [*info["missing_keys"], *resized])
+    new = new_modules(info)
     if inside := [key for key in resized if key.startswith(f"{model.base_model_prefix}.")]:
         raise ConfigError(f'the weights of "{settings.model}" don\'t fit its config: {", ".join(inside[:4])} differ in shape')
     if [config.id2label[i] for i in sorted(config.id2label)] != list(labels):
-        _renew(model, len(labels))
-    return Base(model, None, head, settings.max_length, load_processor(settings.model, settings.revision, config))
+        new += _renew(model, len(labels))
+    head = head_modules(model, new)
+    return Base(model, None, head, settings.max_length, load_processor(settings.model, settings.revision, config), new)
 
 
-def _renew(model: Any, classes: int) -> None:
-    """New starting values for the head's last linears, which hold other classes' weights, as transformers draws missing ones."""
+def _renew(model: Any, classes: int) -> tuple[str, ...]:
+    """New starting values for the head's last linears, which hold other classes' weights, as transformers draws missing ones;
+    their names."""
+    renewed = []
     for name in head_modules(model):
-        for module in model.get_submodule(name).modules():
+        for inner, module in model.get_submodule(name).named_modules(prefix=name):
             if isinstance(module, nn.Linear) and module.out_features == classes:
+                renewed.append(inner)
                 for parameter in module.parameters():
                     parameter._is_hf_initialized = False  # type: ignore[attr-defined]  # transformers leaves what it has loaded alone
                 model._init_weights(module)
+    return tuple(renewed)
 
 
-def head_modules(model: nn.Module, missing: Sequence[str] = ()) -> tuple[str, ...]:
-    """The modules outside the base of a model with a task head, and those inside it that the checkpoint had no weights for."""
+def new_modules(info: Any) -> tuple[str, ...]:
+    """Of transformers' loading info: the modules that the checkpoint had no weights for, or weights of another size."""
+    keys = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
+    return tuple(dict.fromkeys(key.rpartition(".")[0] for key in keys if "." in key))
+
+
+def head_modules(model: nn.Module, new: Sequence[str] = ()) -> tuple[str, ...]:
+    """The modules outside the base of a model with a task head, and those inside it that start at random."""
     prefix = getattr(model, "base_model_prefix", "")
     names = [n for n, child in model.named_children() if n != prefix and any(True for _ in child.parameters())]
-    for key in missing:
-        module = key.rpartition(".")[0]
-        if module and not any(module == n or module.startswith(n + ".") for n in names):
+    for module in new:
+        if not any(module == n or module.startswith(n + ".") for n in names):
             names.append(module)
     return tuple(dict.fromkeys(names))
 

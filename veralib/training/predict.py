@@ -28,6 +28,8 @@ class Source:
     labels: tuple[str, ...]
     head: bool
     """Whether the adapter brings its own head."""
+    told: bool = True
+    """Whether the task is known, by a run, the file's notes or the user; else it is guessed from the head."""
 
 
 def predict(
@@ -113,6 +115,8 @@ def find_source(adapter: str | Path, changes: Mapping[str, Any] | None = None) -
         settings = Settings(**{**result.settings, **changes})
         # The run's output folder may have been moved since.
         return Source(folder, settings, tuple(labels or result.labels), settings.task in WITH_HEAD)
+    from .classes import head_outputs
+
     loaded = read_adapter(adapter)
     notes = loaded.notes
     head = len(loaded.modules) > len(loaded.magnitudes)
@@ -130,11 +134,11 @@ def find_source(adapter: str | Path, changes: Mapping[str, Any] | None = None) -
         raise ConfigError(f"{adapter} doesn't say which base model it was trained on: name it with model (--model)")
     labels = tuple(labels or json.loads(notes.get("labels", "[]")))
     if fields["task"] in ("classification", "images") and not labels:
-        count = _outputs(loaded)
+        count = head_outputs(loaded)
         if not count:
             raise ConfigError(f"{adapter} has no labels in its notes and no head to count them by: give labels (--labels)")
         labels = tuple(str(i) for i in range(count))
-    return Source(adapter, Settings(**fields), labels, head)
+    return Source(adapter, Settings(**fields), labels, head, told="task" in notes or "task" in changes)
 
 
 def _method_fields(config: "VeraConfig") -> dict[str, Any]:
@@ -162,12 +166,6 @@ def read_adapter(source: str | Path) -> Any:
     return read_peft(path) if is_peft_folder(path) else load_adapter(path)
 
 
-def _outputs(adapter: Any) -> int:
-    """The number of classes of an adapter's head: the outputs of its last weight."""
-    weights = [t for state in adapter.modules.values() for k, t in state.items() if k.endswith("weight") and t.dim() == 2]
-    return weights[-1].shape[0] if weights else 0
-
-
 def load_source(
     source: Source, rows: Sequence[Row] = (), names: Sequence[Any] | None = None, folder: Path = Path()
 ) -> tuple[Any, "Base", Any]:
@@ -176,6 +174,7 @@ def load_source(
 
     import torch
 
+    from .classes import check_new
     from .loading import load_base
     from .tokens import chat_template
 
@@ -193,7 +192,10 @@ def load_source(
 
     vera = attach(base.model)
     if names is None:
-        vera.load(read_adapter(source.path), name="adapter")
+        loaded = read_adapter(source.path)
+        vera.load(loaded, name="adapter")
+        if not source.told:
+            check_new(base, loaded, source.path)
         vera.use("adapter")
         return base.model, base, lambda positions: contextlib.nullcontext()
     given = [str(name).strip() or None for name in names]
