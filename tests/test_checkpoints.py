@@ -1,11 +1,13 @@
 """Checkpoints of transformers' Trainer: the adapter alone, and a resumed run that ends with the same bits."""
 
+import warnings
+
 import pytest
 import torch
 
 from tests.conftest import randomise, tiny_bert, tiny_llama, tokens
 from tests.trainers import NOT_THE_MODEL, QV, labelled_rows, logits, make_trainer, same, vectors
-from veralib import AdapterFileError, AdapterMismatch, StateError, VeraConfig, attach, handle, load_adapter
+from veralib import AdapterFileError, AdapterMismatch, StateError, VeraConfig, VeraWarning, attach, handle, load_adapter
 
 
 def test_checkpoint_is_the_adapter_file_and_nothing_else_of_the_model(tmp_path):
@@ -107,6 +109,61 @@ def test_the_bases_own_state_dict_still_loads_and_leaves_the_adapter(tmp_path):
     assert not result.missing_keys and not result.unexpected_keys and same(vectors(model), kept)
     vera.use(None)
     assert torch.equal(logits(model, tokens()), logits(donor, tokens()))
+
+
+def test_a_state_dict_with_some_of_the_adapters_vectors_isnt_taken_for_whole():
+    model = tiny_llama()
+    vera = attach(model, QV)
+    randomise(vera, "default")
+    state = model.state_dict()
+    for name, tensor in state.items():
+        if "vera_" in name:
+            state[name] = tensor * 2
+    lost = next(n for n in state if n.endswith("_b"))
+    kept = state.pop(lost) / 2
+    with pytest.raises(RuntimeError, match=f"Missing key.*{lost}"):
+        model.load_state_dict(state)
+    assert model.load_state_dict(state, strict=False).missing_keys == [lost]
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, kept if name == lost else state[name]), name
+
+
+class Normed(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.head = torch.nn.Linear(6, 6), torch.nn.BatchNorm1d(6), torch.nn.Linear(6, 2)
+
+    def forward(self, x):
+        return self.head(self.norm(self.first(x)))
+
+
+def warnings_of_a_save(vera, path, name="default"):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        vera.save(path, name)
+    return [str(w.message) for w in caught if issubclass(w.category, VeraWarning)]
+
+
+@pytest.mark.parametrize("trained", [(), ("head", "norm")])
+def test_saving_says_what_else_was_trained_and_stays_behind(trained, tmp_path):
+    model = Normed()
+    vera = attach(model, VeraConfig(rank=2, targets=["first"], train_modules=trained))
+    randomise(vera, "default")
+    assert not warnings_of_a_save(vera, tmp_path / "a.safetensors")
+    model.train()
+    model(torch.randn(5, 6))
+    if trained:
+        assert not warnings_of_a_save(vera, tmp_path / "a.safetensors")
+        return
+    model.eval()
+    model.head.weight.requires_grad_(True)
+    beside, moved = warnings_of_a_save(vera, tmp_path / "a.safetensors")
+    assert "head.weight trains beside" in beside and "norm has updated its running statistics" in moved
+    vera.load(tmp_path / "a.safetensors", name="resident")
+    assert not warnings_of_a_save(vera, tmp_path / "b.safetensors", "resident")
+    model.head.weight.requires_grad_(False)
+    model.load_state_dict(Normed().state_dict())
+    assert not warnings_of_a_save(vera, tmp_path / "a.safetensors")
 
 
 def two_adapters():

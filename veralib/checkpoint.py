@@ -1,6 +1,7 @@
 """An adapter out of a model as plain data; what a Trainer checkpoint of a model with adapters holds, and how it comes back."""
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import sharded
 from .adapter import Adapter, BaseModel
 from .autograd import UnitSpec
-from .errors import AdapterFileError, AdapterMismatch, StateError
+from .errors import AdapterFileError, AdapterMismatch, StateError, VeraWarning
 from .format import CHECKPOINT_NAME, SEVERAL, save_adapter
+from .layers import is_own_key
 from .linears import shape
 from .matching import quantisation_of
 
@@ -122,6 +124,27 @@ def save(vera: "Vera", folder: Path, state: Mapping[str, Tensor] | None = None, 
     except (OSError, SafetensorError) as e:
         part.unlink(missing_ok=True)
         raise AdapterFileError(f"can't write {folder / CHECKPOINT_NAME}: {e}. What was there before is unchanged.") from e
+
+
+def batches_seen(model: nn.Module) -> dict[str, int]:
+    """For each normalisation that keeps running statistics of its batches, how many it has seen."""
+    kept = {n: getattr(m, "num_batches_tracked", None) for n, m in model.named_modules()}
+    return {n: int(t) for n, t in kept.items() if isinstance(t, Tensor) and not t.is_meta}
+
+
+def warn_of_what_stays_behind(vera: "Vera") -> None:
+    """VeraWarning where something trained that no adapter file holds: base parameters unfrozen by hand, running statistics."""
+    unfrozen = [n for n, p in vera.model.named_parameters() if p.requires_grad and not is_own_key(n)]
+    moved = [n for n, seen in batches_seen(vera.model).items() if seen != vera.batches_at_start.get(n, seen)]
+    for names, what in ((unfrozen, "trains beside the adapter"), (moved, "has updated its running statistics in training")):
+        if names:
+            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+            warnings.warn(
+                f"{names[0]}{more} {what}, and an adapter's file doesn't hold it: name its module in train_modules"
+                f"{', or keep it in eval()' if names is moved else ''}, or save it yourself.",
+                VeraWarning,
+                stacklevel=3,
+            )
 
 
 def holds_vectors(state: Mapping[str, Any]) -> bool:

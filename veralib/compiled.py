@@ -24,6 +24,7 @@ _TRAINS_USED = (
     "or call the uncompiled model."
 )
 _BIASES = "this adapter replaces biases (PEFT's bias='vera_only'), which a compiled model can't: call the uncompiled model."
+is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.6 hasn't it
 _numbers = itertools.count()
 _sites: "weakref.WeakValueDictionary[int, Site]" = weakref.WeakValueDictionary()
 
@@ -33,6 +34,14 @@ def register(site: "Site") -> int:
     number = next(_numbers)
     _sites[number] = site
     return number
+
+
+def check_export(site: "Site") -> None:
+    """StateError where an exported graph would need an operator of ours, which no other process knows; it holds the base's
+    alone."""
+    runtime = site.runtime
+    if runtime.merged is None and (runtime.overrides or runtime.active.member is not None):
+        raise StateError("torch.export can't hold an adapter beside its base: merge() it first, or use(None) for the base alone.")
 
 
 def forward(site: "Site", h: Tensor, x: Tensor, training: bool) -> Tensor:

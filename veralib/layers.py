@@ -53,6 +53,15 @@ class Site:
         selection = self.runtime.current(module.training)
         if selection.kind == "base":
             return base(x)
+        if x.is_nested:
+            raise StateError(
+                f"layer {self.layer} was given a nested tensor: pad the batch. nn.TransformerEncoder makes them in eval of a "
+                "batch with a padding mask, unless it was made with enable_nested_tensor=False."
+            )
+        if torch.jit.is_tracing() and torch.is_grad_enabled():
+            raise StateError(
+                "torch.jit.trace can't record an adapter's gradients: trace under torch.no_grad(), or merge() first."
+            )
         if selection.kind == "one":
             member = selection.member
             assert member is not None
@@ -93,6 +102,8 @@ class Site:
             x.requires_grad,
             member.layout.sharers[self.layer],
         )
+        if torch.jit.is_tracing():  # which can't record an autograd.Function
+            plan = "factored"
         if plan.startswith("merged") and not exact:
             plan = "apart-weights" if plan.endswith("weights") else "apart-tokens"
         h = None
@@ -239,6 +250,9 @@ class VeraLayer:
     def forward(self, x: Any = None, *args: Any, **kwargs: Any) -> Tensor:
         x = kwargs.pop("input") if x is None else x  # nn.Linear's name of it
         if torch.compiler.is_compiling():
+            if compiled.is_exporting():
+                compiled.check_export(self._vera)
+                return super().forward(x)  # type: ignore[misc]
             return compiled.forward(self._vera, super().forward(x), x, self.training)  # type: ignore[misc, attr-defined]
         return self._vera.forward(self, super().forward, x)  # type: ignore[misc, arg-type]
 

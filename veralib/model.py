@@ -38,6 +38,7 @@ class Vera:
         self.kept: merging.Kept | None = None
         self._selections: OrderedDict[tuple, Selection] = OrderedDict()
         self._trained_before = [p for p in model.parameters() if p.requires_grad]
+        self.batches_at_start = checkpoint.batches_seen(model)
         model.requires_grad_(False)
         root.adopt(model, self)
 
@@ -167,6 +168,8 @@ class Vera:
         In a sharded model all processes call it, and the first writes: a barrier must come before others read the file.
         """
         adapter = self.adapter(name)
+        if self.member(name).trainable:
+            checkpoint.warn_of_what_stays_behind(self)
         if sharded.shards(self.model) and not sharded.is_first():
             return adapter_file(path)
         return save_adapter(adapter, path)

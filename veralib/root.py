@@ -38,14 +38,16 @@ class VeraRoot:
         return _rebuild, (type(self)._vera_plain_root,), self.__getstate__()  # type: ignore[attr-defined]
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """The base's state, as ever; or the adapters' own tensors, which is what a Trainer checkpoint of this model holds."""
+        """The base's state, as ever; the adapters' own tensors, which is what a Trainer checkpoint of this model holds; or both,
+        and then, with strict, of all trained adapters."""
         mine = super().state_dict()  # type: ignore[misc]
         if state_dict and not mine.keys() & state_dict.keys() and checkpoint.holds_vectors(state_dict):
             checkpoint.load(self._vera_handle, state_dict)
             return _IncompatibleKeys([], [])
-        own = {k: v for k, v in mine.items() if is_own_key(k) and k not in state_dict}
+        own = {} if any(map(is_own_key, state_dict)) else {k: v for k, v in mine.items() if is_own_key(k)}
         loaded = super().load_state_dict({**state_dict, **own}, strict=strict, assign=assign)  # type: ignore[misc]
         self._vera_handle.inside.hash_in_time()
+        self._vera_handle.batches_at_start = checkpoint.batches_seen(self)  # type: ignore[arg-type]
         return loaded
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -70,6 +72,8 @@ class VeraPreTrained(VeraRoot):
             main = args[0] if args else kwargs.get("is_main_process", True)
             if state_dict == {} and sharded.shards(self):  # type: ignore[arg-type]
                 return None  # gathered on another process, which saves
+            if main:
+                checkpoint.warn_of_what_stays_behind(vera)
             if main or (state_dict is None and sharded.shards(self)):  # type: ignore[arg-type]
                 checkpoint.save(vera, Path(save_directory), state_dict, write=main)
             return None
