@@ -71,6 +71,18 @@ def test_train_from_yaml_with_flags_that_override(work, tmp_path):
     assert (settings["epochs"], settings["training"], settings["plot"]) == (1.0, {"max_steps": 2}, False)
 
 
+def test_a_dry_run_counts_what_the_run_trains_and_writes_nothing(work, tmp_path):
+    result = json.loads((work / "run" / "result.json").read_text())
+    given = ("train", "--model", work / "bert", "--rank", 4, "--output", tmp_path / "out", "--dry-run")
+    out = plain(vera(*given, "--data", work / "train.csv"))
+    assert f"trained parameters {result['adapter_parameters']:,}" in out and "rank 4" in out
+    assert f"of the head, beside them {result['head_parameters']:,} " in out
+    assert not (tmp_path / "out").exists()
+    assert f"there is no data file {tmp_path / 'no.csv'}" in plain(vera(*given, "--data", tmp_path / "no.csv", code=1))
+    wrong = plain(vera(*given, "--data", work / "train.csv", "--targets", "nope", code=1))
+    assert 'Error: target "nope" matches no module.' in wrong
+
+
 def test_the_example_file_is_a_good_one():
     from veralib.training import load_settings
 

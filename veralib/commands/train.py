@@ -83,8 +83,10 @@ def resolve(source: str | None, sets: list[str], protocol: str | None, given: di
 
 def show_plan(settings: Any, notes: list[str]) -> None:
     """What a run would do: its settings, counts and memory."""
+    from ..training.data import check_there
     from ..training.plan import plan
 
+    check_there(settings)
     rows = [(name, str(value)) for name, value in sorted(settings.given().items())]
     rows += [
         (f"{n} (default)", str(getattr(settings, f"resolved_{n}")))

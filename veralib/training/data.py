@@ -62,6 +62,11 @@ def load_data(settings: Settings) -> Data:
     return Data(train, held["validation"], held["test"], labels, hashes)
 
 
+def check_there(settings: Settings) -> None:
+    """DataError where the data are named as local files, and aren't there; nothing is read."""
+    _local_splits(settings)
+
+
 def load_rows(settings: Settings) -> Sequence[Row]:
     """The training rows that a run's settings name, as they are. DataError where there are none."""
     find = _local_splits(settings) or _hub_splits(settings)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from ..errors import ConfigError, need
+from ..errors import ConfigError, VeraError, need
 from .loading import check_model_name, head_modules, quiet_transformers
 from .settings import Settings
 
@@ -63,6 +63,8 @@ def plan(settings: Settings, labels: int = 2) -> Plan:
             for name in head:  # no method adapts them
                 model.set_submodule(name, torch.nn.Identity())
             trained = 0 if settings.method == "head" else find_method(settings.method)(model, settings, ()).adapter_parameters
+    except VeraError:
+        raise
     except (OSError, ValueError, KeyError) as e:
         raise ConfigError(f'can\'t read the config of "{settings.model}" for {settings.task}: {e}') from e
     wide = DTYPE_BYTES[settings.dtype]
