@@ -102,10 +102,6 @@ class FleetAdamW:
             return None
         return {name: self._scales[self._fresh(slot)] for slot, name in self.fleet.by_slot().items()}
 
-    def lr_of(self, name: str) -> float:
-        """The learning rate of this owner's next step."""
-        return self._rate(self._fresh(self.fleet.slot(name)))
-
     def state_of(self, name: str) -> dict[str, Any]:
         """A copy of what resuming this owner needs: step, total, exp_avg, exp_avg_sq (the table's width,)."""
         slot = self._fresh(self.fleet.slot(name))
