@@ -149,7 +149,8 @@ def environment() -> dict[str, Any]:
         "memory_bytes": psutil.virtual_memory().total,
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "versions": {p: version(p) for p in ("veralib", "torch", "transformers", "peft", "safetensors", "numpy")},
+        "versions": {p: version(p) for p in ("veralib", "torch", "transformers", "peft", "safetensors", "numpy")}
+        | {"torch": str(torch.__version__)},  # with the build, +cpu or +cu132
         "commit": _commit(),
         "load_average": [round(x, 2) for x in os.getloadavg()],
         "date": time.strftime("%Y-%m-%d", time.gmtime()),

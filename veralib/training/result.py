@@ -77,6 +77,10 @@ def versions(more: Sequence[str] = ()) -> dict[str, str]:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
+    if "torch" in found:
+        import torch
+
+        found["torch"] = str(torch.__version__)  # with the build, +cpu or +cu132, which not every package's name has
     return found
 
 
