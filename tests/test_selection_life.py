@@ -133,6 +133,40 @@ def test_a_checkpointed_part_called_by_itself_trains_as_without_checkpointing(re
             torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("retained", [True, False])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_two_backwards_of_checkpointed_parts_follow_the_adapter_of_their_forwards(reentrant, retained):
+    gradients = []
+    for way in (None, reentrant):
+        vera = two(Towers(way))
+        vera.model.train()
+        with vera.using("b"):
+            vera.model.encode(torch.ones(3, 6, requires_grad=True)).sum().backward()
+        vera.model.zero_grad()
+        with vera.using("a"):
+            outs = [vera.model.encode(torch.full((3, 6), x, requires_grad=True)) for x in (0.1, 0.2)]
+        vera.use(None)
+        for k in range(2):
+            (outs[0] if retained else outs[k]).square().sum().backward(retain_graph=retained and reentrant is False)
+            if retained and reentrant:
+                break  # a reentrant checkpoint has one backward
+        gradients.append([p.grad for owner in "ab" for p in vera.parameter_groups(name=owner)[0]["params"]])
+    for one, other in zip(*gradients, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other)
+
+
+def test_the_root_after_a_part_with_another_adapter_is_no_backward_of_both():
+    vera = two(Checkpointed())
+    with vera.using("b"):
+        vera.model.inner(torch.ones(3, 6, requires_grad=True)).sum().backward()
+    vera.model.zero_grad()
+    with vera.using("a"):
+        vera.model(torch.ones(3, 6)).sum().backward()
+    assert all(p.grad is not None for p in vera.parameter_groups(name="a")[0]["params"])
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_an_evaluation_of_another_adapter_between_is_no_forward_of_the_backward(reentrant):
     def look(vera):

@@ -32,8 +32,9 @@ class Runtime:
         self._local = threading.local()
         self._record: tuple[int, list[Selection]] | None = None
         self._seen: dict[bool, list[Selection]] = {True: [], False: []}
-        """By parts of the model, since the last backward: what forwards with gradients followed, and without while training.
-        Two at most: more than one can't be told apart."""
+        """By parts of the model, until the first forward after a backward: what forwards with gradients followed, and without
+        while training. Two at most: more than one can't be told apart."""
+        self._backward_ended = False
         self._written = 0
         self.lock = threading.RLock()
         """Held while an adapter comes or goes."""
@@ -58,20 +59,22 @@ class Runtime:
         selection = stack[-1] if stack else self.active
         grad = torch.is_grad_enabled()
         if not getattr(self._local, "in_root", False) if grad else training:  # a reentrant checkpoint runs without gradients
+            if self._backward_ended:
+                self._seen, self._backward_ended = {True: [], False: []}, False
             _add(self._seen[grad], selection)
         return selection
 
     def _in_backward(self) -> Selection:
-        """What the recomputed layer's forward followed: the root tells, by its output's gradient; parts called by themselves
-        are told apart where all forwards since the last backward followed one selection."""
+        """What the recomputed layer's forward followed: the root tells, by its output's gradient; of parts called by themselves
+        it is known where all forwards since the last backward followed one selection."""
         selections: list[Selection] = []
-        for selection in (*(self._record[1] if self._record else ()), *self._seen[True]):
+        for selection in (*(self._record[1] if self._record else ()), *(() if self._backward_ended else self._seen[True])):
             _add(selections, selection)
-        selections = selections or self._seen[False]
+        selections = selections or self._seen[True] or self._seen[False]
         if self._record is None:
             self._start_record()
         if len(selections) > 1:
-            self._forget()
+            self._end_backward()
             raise StateError(
                 "gradient checkpointing recomputes a layer while the gradients of several forwards with different rows() or "
                 "use() flow in one backward: which adapter it ran with can't be known. Call backward once for each forward, "
@@ -91,9 +94,8 @@ class Runtime:
         self._local.in_root = False
         self.clear_memo()
 
-    def _forget(self) -> None:
-        self._record = None
-        self._seen = {True: [], False: []}
+    def _end_backward(self) -> None:
+        self._record, self._backward_ended = None, True
 
     def note_backward(self, selection: Selection) -> None:
         """Called by the root output's gradient hook: from here on this selection's layers may be recomputed."""
@@ -108,7 +110,7 @@ class Runtime:
 
         def end() -> None:
             if self._record is record:
-                self._forget()
+                self._end_backward()
 
         torch.autograd.Variable._execution_engine.queue_callback(end)  # type: ignore[attr-defined]
 
