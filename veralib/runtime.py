@@ -58,7 +58,8 @@ class Runtime:
         stack = getattr(self._local, "stack", None)
         selection = stack[-1] if stack else self.active
         grad = torch.is_grad_enabled()
-        if not getattr(self._local, "in_root", False) if grad else training:  # a reentrant checkpoint runs without gradients
+        by_parts = grad and not getattr(self._local, "in_root", False)
+        if by_parts or (training and not grad):  # a reentrant checkpoint's forward has no gradients, in the root's too
             if self._backward_ended:
                 self._seen, self._backward_ended = {True: [], False: []}, False
             _add(self._seen[grad], selection)

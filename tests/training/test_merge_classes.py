@@ -1,5 +1,7 @@
 """vera merge of files that name no task: the model class is the checkpoint's own where the adapter fits it, else asked for."""
 
+import json
+
 import pytest
 import torch
 import transformers
@@ -8,6 +10,8 @@ from typer.testing import CliRunner
 from tests.conftest import randomise
 from veralib import VeraConfig, attach
 from veralib.cli import build
+from veralib.errors import ConfigError
+from veralib.training.predict import predict
 
 from . import tiny
 
@@ -65,6 +69,28 @@ def test_the_checkpoints_own_class_is_merged_where_the_adapter_fits_it(what, tmp
     assert all(torch.equal(merged.state_dict()[k], v) for k, v in want.items())
 
 
+def test_a_trained_output_layer_gives_a_language_model_no_labels(tmp_path):
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(small("llama", num_key_value_heads=2, tie_word_embeddings=False))
+    model.save_pretrained(tmp_path / "base")
+    file_of(model, tmp_path / "a.safetensors", ["q_proj"], train_modules=("lm_head",))
+    code, out = vera("merge", tmp_path / "a.safetensors", tmp_path / "merged", "--model", tmp_path / "base")
+    assert code == 0, out
+    assert "id2label" not in json.loads((tmp_path / "merged" / "config.json").read_text())
+
+
+def test_a_checkpoint_that_names_no_class_is_a_language_model(tmp_path):
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(small("llama", num_key_value_heads=2))
+    model.save_pretrained(tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    del config["architectures"]
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    file_of(model, tmp_path / "a.safetensors", ["q_proj"])
+    code, out = vera("merge", tmp_path / "a.safetensors", tmp_path / "merged", "--model", tmp_path / "base")
+    assert code == 0 and "merged 1 layers" in out, out
+
+
 @pytest.fixture
 def tagger(tmp_path):
     """A checkpoint with a masked language model's head and a pooler, and an adapter of a token classifier with five labels."""
@@ -107,8 +133,10 @@ def test_a_class_that_starts_at_random_somewhere_is_refused(tmp_path):
     for more in (("--task", "classification"), ("--class", "BertForSequenceClassification")):
         tiny.make_tokenizer(tmp_path / "base", causal=False)
         code, out = vera("merge", tmp_path / "a.safetensors", tmp_path / "merged", "--model", tmp_path / "base", *more)
-        assert code == 1 and "would start at random in bert.pooler.dense" in out, out
+        assert code == 1 and "would start at random in bert.pooler.dense" in out and "--class" in out, out
         assert not (tmp_path / "merged").exists()
+    with pytest.raises(ConfigError, match=r"would start at random in bert\.pooler\.dense.*vera merge --class"):
+        predict(tmp_path / "a.safetensors", [{"text": "the cat"}], model=str(tmp_path / "base"))
 
 
 @pytest.mark.parametrize(

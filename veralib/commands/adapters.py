@@ -56,7 +56,7 @@ def merge(
     if loaded is not None:
         vera = attach(base.model)
         vera.load(loaded, name="adapter")
-        check_new(base, loaded, adapter)
+        check_new(base, loaded, adapter, "Name it with --class (AutoModelForTokenClassification, say).")
         report: MergeReport | None = vera.merge("adapter", keep=None)
     else:
         attached = restore(source, base)

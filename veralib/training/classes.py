@@ -33,16 +33,14 @@ def load_by_class(settings: "Settings", adapter: "Adapter", name: str | None = N
     with quiet_transformers():
         try:
             config = transformers.AutoConfig.from_pretrained(settings.model, revision=settings.revision)
-            chosen = (
-                name
-                or _OF_TASK_TYPE.get(adapter.notes.get("peft.task_type", "").strip('"'))
-                or (config.architectures or ["AutoModel"])[0]
-            )
+            guess = "AutoModelForSequenceClassification" if adapter.modules else "AutoModelForCausalLM"
+            by_task = _OF_TASK_TYPE.get(adapter.notes.get("peft.task_type", "").strip('"'))
+            chosen = name or by_task or (config.architectures or [guess])[0]
             cls: Any = getattr(transformers, chosen, None)
             if not _makes_models(cls, chosen):
                 known = [n for n in dir(transformers) if "For" in n or n.startswith("AutoModel")]
                 raise unknown_name("model class in transformers", chosen, known)
-            options: dict[str, Any] = _labels(adapter, labels)
+            options: dict[str, Any] = _labels(adapter if "Classification" in chosen else None, labels)
             if name is None:
                 _check_fit(cls, config, options, adapter, settings.model)
             model, info = cls.from_pretrained(
@@ -62,15 +60,15 @@ def load_by_class(settings: "Settings", adapter: "Adapter", name: str | None = N
     return Base(model, processor, head_modules(model, new), settings.max_length, new=new)
 
 
-def check_new(base: Base, adapter: "Adapter", source: Any) -> None:
-    """ConfigError where a module of the model starts at random and the adapter brings none: it was trained on another class."""
+def check_new(base: Base, adapter: "Adapter", source: Any, advice: str) -> None:
+    """ConfigError where a module of the model starts at random and the adapter brings none: it was trained on another class.
+    advice: what to do then."""
     brought = tuple(adapter.modules)
     random = [n for n in base.new if not any(n == b or n.startswith(b + ".") for b in brought)]
     if random:
         raise ConfigError(
             f"{type(base.model).__name__} would start at random in {', '.join(random[:4])}, of which neither the checkpoint nor "
-            f"{source} has weights: the adapter was trained on another class of model. Name it with --class "
-            "(AutoModelForTokenClassification, say)."
+            f"{source} has weights: the adapter was trained on another class of model. {advice}"
         )
 
 
@@ -96,15 +94,15 @@ def _makes_models(cls: Any, name: str) -> bool:
     return isinstance(cls, type) and (name.startswith("AutoModel") or issubclass(cls, transformers.PreTrainedModel))
 
 
-def _labels(adapter: "Adapter", labels: Sequence[str]) -> dict[str, Any]:
-    """The number of outputs, by the labels or by the adapter's own head."""
+def _labels(adapter: "Adapter | None", labels: Sequence[str]) -> dict[str, Any]:
+    """The number of a classifier's outputs, by the labels or by the adapter's own head."""
     if labels:
         return {
             "num_labels": len(labels),
             "id2label": dict(enumerate(labels)),
             "label2id": {label: i for i, label in enumerate(labels)},
         }
-    count = head_outputs(adapter)
+    count = head_outputs(adapter) if adapter else 0
     return {"num_labels": count} if count else {}
 
 

@@ -195,7 +195,10 @@ def load_source(
         loaded = read_adapter(source.path)
         vera.load(loaded, name="adapter")
         if not source.told:
-            check_new(base, loaded, source.path)
+            advice = (
+                "Prediction is for sequence classifiers, regressions, images and texts; vera merge --class writes a plain model."
+            )
+            check_new(base, loaded, source.path, advice)
         vera.use("adapter")
         return base.model, base, lambda positions: contextlib.nullcontext()
     given = [str(name).strip() or None for name in names]
