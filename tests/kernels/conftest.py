@@ -10,8 +10,9 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
 @pytest.fixture(autouse=True)
 def fresh_numbers() -> None:
-    """Other numbers at every run, since a kernel must be right for any. A failed test prints the SEED that repeats it."""
-    seed = int(os.environ.get("SEED") or torch.seed() % 2**31)
+    """The same numbers at every run, or those of SEED; SEED=any draws others and prints the seed that repeats them."""
+    given = os.environ.get("SEED") or "0"
+    seed = torch.seed() % 2**31 if given == "any" else int(given)
     torch.manual_seed(seed)
     print(f"SEED={seed}")
 
@@ -37,10 +38,21 @@ def switched_on(device):
     kernels.use(False)
 
 
-def error(out: torch.Tensor, right: torch.Tensor) -> float:
-    """‖out − right‖ / ‖right‖ in float64; NaN is no number that passes a bound."""
+def error(out: torch.Tensor, right: torch.Tensor, terms: torch.Tensor | None = None) -> float:
+    """‖out − right‖ / ‖right‖ in float64; NaN is no number that passes a bound.
+
+    ``terms`` is the root of each sum's squared terms. ‖terms‖ divides where it is larger: the few sums of a short result may all
+    cancel, and their rounding doesn't shrink with them.
+    """
     out, right = out.detach().double().cpu(), right.detach().double().cpu()
-    return float((out - right).norm() / right.norm().clamp_min(1e-30))
+    size = right.norm() if terms is None else torch.maximum(right.norm(), terms.norm())
+    return float((out - right).norm() / size.clamp_min(1e-30))
+
+
+def product(x: torch.Tensor, M: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x Mᵀ and its ``terms`` for error(), in float64."""
+    x, M = x.detach().double().cpu(), M.detach().double().cpu()
+    return x @ M.t(), (x.square() @ M.square().t()).sqrt()
 
 
 # Of a result rounded once, and of sums of rounded products. The interpreter cuts bf16 off where a GPU rounds it: twice the error.

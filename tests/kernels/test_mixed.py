@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.kernels.conftest import BOUND, DTYPES, any_seed, draw, error
+from tests.kernels.conftest import BOUND, DTYPES, any_seed, draw, error, product
 from veralib.basis import MATRIX_A, MATRIX_B, Basis, basis_bytes
 
 SOURCES = ["numbers", "bytes", "grown"]
@@ -21,13 +21,16 @@ def source(kind, pair, matrix, shape, device, dtype):
 
 
 def exactly(out, u, d, b, index, B, per_row):
-    """float64, token by token."""
+    """In float64, token by token, with the terms for error()."""
     right = out.double().cpu()
+    squares = right.square()
     for t in range(len(u)):
         k = t // per_row if index is None else int(index[t // per_row])
         if 0 <= k < len(d):
-            right[t] += b[k].double().cpu() * (B @ (d[k].double().cpu() * u[t].double().cpu()))
-    return right
+            update, terms = product(d[k].double() * u[t].double(), B)
+            right[t] += b[k].double().cpu() * update
+            squares[t] += (b[k].double().cpu() * terms).square()
+    return right, squares.sqrt()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -63,7 +66,7 @@ def test_mixed_add(device, dtype, kind, T, m, r, K, per_row):
     without = plain.mixed_add(out.clone(), u, d, b, index, numbers(B, u), per_row)
     version = out._version
     assert mixed_add(out, u, d, b, index, B, per_row) is out and out._version > version
-    assert error(out, right) < BOUND[dtype] and error(without, right) < BOUND[dtype]
+    assert error(out, *right) < BOUND[dtype] and error(without, *right) < BOUND[dtype]
     assert torch.equal(wide[:, :4], before[:, :4]) and torch.equal(wide[:, 4 + m :], before[:, 4 + m :])
     if index is not None:
         nobody = ((index < 0) | (index >= K)).repeat_interleave(per_row)
@@ -79,8 +82,7 @@ def test_rank_space(device, dtype, kind, levels):
     pair = Basis(seed=any_seed(), levels=levels)
     for T, n, r in ((1, 5, 3), (19, 70, 20)):
         A, x = source(kind, pair, MATRIX_A, (r, n), device, dtype), draw(T, n, dtype=dtype, device=device)
-        right = x.double().cpu() @ numbers(A, x).double().cpu().t()
-        assert error(rank_space(x, A), right) < BOUND[dtype]
+        assert error(rank_space(x, A), *product(x, numbers(A, x))) < BOUND[dtype]
 
 
 @pytest.mark.parametrize("kind", SOURCES)
@@ -94,7 +96,7 @@ def test_sums_in_parts_leave_no_input_out_and_take_none_twice(device, kind, part
         A, x = source(kind, pair, MATRIX_A, (r, n), device, torch.float32), draw(T, n, device=device)
         out = torch.full((T, r), torch.nan, device=device)
         _launch(out, x, A, None, None, None, 1, Tile(16, 16, 1 if kind == "grown" else 16, 4, 1, parts))
-        assert error(out, x.double().cpu() @ numbers(A, x).double().cpu().t()) < BOUND[torch.float32]
+        assert error(out, *product(x, numbers(A, x))) < BOUND[torch.float32]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -105,7 +107,7 @@ def test_a_long_sum_for_few_tokens(device, kind, dtype):
     pair, n, r = Basis(seed=any_seed()), 1100, 20
     A, x = source(kind, pair, MATRIX_A, (r, n), device, dtype), draw(3, n, dtype=dtype, device=device)
     assert choose_parts(choose_tile(3, r, kind == "grown", dtype), 3, r, n) == 4
-    assert error(rank_space(x, A), x.double().cpu() @ numbers(A, x).double().cpu().t()) < BOUND[dtype]
+    assert error(rank_space(x, A), *product(x, numbers(A, x))) < BOUND[dtype]
 
 
 def test_a_row_without_an_adapter_is_left_alone_whatever_it_holds(device):
