@@ -3,10 +3,18 @@
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 torch.set_num_threads(1)  # pytest-xdist runs a worker a core
+
+
+@pytest.fixture(autouse=True)
+def same_numbers() -> None:
+    """What a test draws doesn't hang on the tests before it, which differ with the number of workers."""
+    torch.manual_seed(0)
+    np.random.seed(0)
 
 
 @pytest.fixture

@@ -228,3 +228,58 @@ def test_training_with_dropout_inside_rows_is_refused():
         with torch.no_grad():
             vera.model(input_ids=tokens(2))
         vera.model.eval()(input_ids=tokens(2), labels=tokens(2)).loss.backward()
+
+
+class Block(nn.Module):
+    """A block in CLIP's first code: (time, batch, width), and its attention's name is attn."""
+
+    def __init__(self):
+        super().__init__()
+        self.attn = nn.MultiheadAttention(16, 2)
+        self.mlp = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16))
+
+    def forward(self, x):
+        x = x + self.attn(x, x, x, need_weights=False)[0]
+        return x + self.mlp(x)
+
+
+@pytest.mark.parametrize("time_first", ["encoder", "transformer", "block"])
+def test_rows_of_a_time_first_model_are_refused_and_tokens_give_what_each_row_gives_alone(time_first):
+    """As long a sequence as the batch is wide: nothing in the shapes would say that the first dimension is time."""
+    targets = ["linear1", "linear2"]
+    if time_first == "encoder":
+        model = nn.Sequential(nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32), 1, enable_nested_tensor=False)).eval()
+        run = model
+    elif time_first == "block":
+        model = nn.Sequential(Block()).eval()
+        run, targets = model, ["mlp.0", "mlp.2"]
+    else:
+        model = nn.Transformer(16, 2, 1, 1, 32).eval()
+        run = lambda x: model(x, x)  # noqa: E731
+    vera = attach(model)
+    for k, name in enumerate("ab"):
+        vera.add(VeraConfig(rank=4, targets=targets), name=name)
+        randomise(vera, name, seed=k, size=1.0)
+    x, names = torch.randn(2, 2, 16), ["a", "b"]
+    with torch.no_grad():
+        with vera.rows(names), pytest.raises(StateError, match=r'sees \(time, batch, …\), since "[\w.]+" has batch_first=False'):
+            run(x)
+        with vera.tokens(names * 2):
+            mixed = run(x)
+        for i, name in enumerate(names):
+            vera.use(name)
+            assert (mixed[:, i] - run(x[:, i : i + 1])[:, 0]).abs().max() < 1e-5
+    assert (mixed[:, 0] - mixed[:, 1]).abs().max() > 1e-2
+
+
+def test_rows_take_a_layer_that_says_batch_first():
+    model = nn.Sequential(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)).eval()
+    vera = attach(model)
+    vera.add(VeraConfig(rank=4, targets=["linear1", "linear2"]), name="a")
+    randomise(vera, "a", size=1.0)
+    x = torch.randn(2, 3, 16)
+    with torch.no_grad():
+        with vera.rows(["a", None]):
+            mixed = model(x)
+        vera.use("a")
+        assert (mixed[0] - model(x[:1])[0]).abs().max() < 1e-5

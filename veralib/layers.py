@@ -41,6 +41,7 @@ class Site:
         self.m, self.n = shape(module)
         self.hooked: Callable | None = module.__dict__.get("forward")
         self.called = False
+        self.time_first: str | None = None  # the module around it whose first dimension isn't the batch
         self.number = compiled.register(self)
 
     def __setstate__(self, state: dict) -> None:
@@ -170,6 +171,12 @@ class Site:
 
     def check_rows(self, x: Tensor, selection: Selection) -> int:
         """The number of rows (or tokens) of x, which must be the selection's."""
+        if selection.kind == "rows" and self.time_first is not None:
+            raise StateError(
+                f'layer "{self.layer}" sees (time, batch, …), since "{self.time_first}" has batch_first=False, and vera.rows() '
+                "names an adapter for each entry of the first dimension: build the model with batch_first=True, or use "
+                "vera.tokens(index), with an index for each of its time x batch tokens."
+            )
         rows = x.shape[0] if selection.kind == "rows" else x.numel() // self.n
         if rows != selection.size or x.dim() < 2:
             what = "row" if selection.kind == "rows" else "token"
@@ -297,10 +304,22 @@ def _no_fast_path(module: nn.Module, args: Any) -> None:
     """A no-op hook: nn.TransformerEncoderLayer's fast path, which reads weights and calls no layer, looks for one."""
 
 
-def adapt(layer: str, module: nn.Module, runtime: Runtime) -> None:
-    """Makes a linear an adapted one, in place."""
+def _time_first(layer: str, model: nn.Module) -> str | None:
+    """The innermost module around a layer that takes (time, batch, …) as torch's own do: it or its attention says so."""
+    path = layer.split(".")
+    for depth in reversed(range(len(path))):
+        around = model.get_submodule(".".join(path[:depth]))
+        attentions = (getattr(around, name, None) for name in ("self_attn", "attn"))
+        if any(getattr(m, "batch_first", None) is False for m in (around, *attentions)):
+            return ".".join(path[:depth]) or type(around).__name__
+    return None
+
+
+def adapt(layer: str, module: nn.Module, model: nn.Module, runtime: Runtime) -> None:
+    """Makes a linear of the model an adapted one, in place."""
     if not isinstance(module, VeraLayer):
         site = Site(layer, module, runtime)
+        site.time_first = _time_first(layer, model)
         module.__class__ = adapted_class(type(module))
         module.__dict__["_vera"] = site
         if site.hooked is not None:  # accelerate replaces forward on the instance, where no class is asked

@@ -185,7 +185,7 @@ class Residence:
             )
         for layer, module in modules.items():
             if layer not in self.sites:
-                layers.adapt(layer, module, self.runtime)
+                layers.adapt(layer, module, self.model, self.runtime)
                 self.sites[layer] = module
         for head, module in heads.items():
             if head not in self.heads:
