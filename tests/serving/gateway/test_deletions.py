@@ -122,8 +122,23 @@ def test_a_run_that_cannot_be_stopped_here_is_pending(tmp_path, monkeypatch):
         fcntl.flock(lock, fcntl.LOCK_EX)
         counts = delete_jobs(place.learning, "acme:ann")
         assert (counts["runs"], counts["runs_pending"]) == (0, 1) and (folder / "data/acme:ann.jsonl").exists()
-    assert deletion._take_out(place.learning, {run.entries[0].job}) == {"runs": 1, "runs_pending": 0}
+    assert deletion._take_out(place.learning, {run.entries[0].job}, "acme:ann".__eq__) == {"runs": 1, "runs_pending": 0}
     assert not (folder / "data/acme:ann.jsonl").exists() and (folder / "data/acme:bob.jsonl").exists()
+
+
+def test_a_run_whose_record_is_damaged_is_pending_for_its_owners_alone_until_a_runner_ends_it(tmp_path):
+    place = Workplace(tmp_path)
+    keys, deletions = Keys(tmp_path / "state"), Deletions(tmp_path / "state")
+    for suffix in ("ann", "bob"):
+        place.openai().fine_tuning.jobs.create(model=BASE, training_file=place.upload(chats(4)), suffix=suffix)
+    folder = tmp_path / "state" / place.runner().runs.gather().folder
+    (folder / "run.json").write_text("{")
+    assert delete_jobs(place.learning, "acme:ann") == {"jobs": 1, "files": 1, "runs": 0, "runs_pending": 1}
+    assert delete_jobs(place.learning, "acme:eve")["runs_pending"] == 0
+    assert delete_tenant(place.learning, keys, deletions, "evil:")[0]["runs_pending"] == 0
+    assert delete_tenant(place.learning, keys, deletions, "acme:")[0]["runs_pending"] == 1
+    place.runner().step()
+    assert not folder.exists() and delete_jobs(place.learning, "acme:bob")["runs_pending"] == 0
 
 
 def test_an_owner_whose_part_of_a_run_cannot_be_removed_is_pending(tmp_path, adapter, monkeypatch):

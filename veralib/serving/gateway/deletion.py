@@ -3,7 +3,7 @@
 import contextlib
 import secrets
 import time
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import replace
 
 from ...errors import StoreError, UnknownName
@@ -25,7 +25,8 @@ WAIT_SECONDS = 90.0
 def delete_jobs(learning: Learning, name: str) -> dict[str, int]:
     """Removes an adapter's jobs, the files that no other adapter's job uses, and its part of runs that train now.
 
-    runs_pending: runs of another gateway that didn't take it out in time; it goes with them when they end.
+    runs_pending: runs of another gateway that didn't take it out in time, and runs whose record can't be read; it goes with them
+    when they end.
     """
     # Nobody gathers meanwhile, and whoever is about to promote sees that the job is gone.
     with learning.records.lock(GATHER), learning.records.lock(name):
@@ -40,7 +41,7 @@ def delete_jobs(learning: Learning, name: str) -> dict[str, int]:
             learning.jobs.forget_damaged(folder, id, name)
         learning.jobs.forget_entries(name)
     ids = {job.id for job in jobs} | {id for _, id in damaged}
-    return {"jobs": len(ids), "files": len(files), **_take_out(learning, ids)}
+    return {"jobs": len(ids), "files": len(files), **_take_out(learning, ids, lambda owner: owner == name)}
 
 
 def delete_tenant(learning: Learning, keys: Keys, deletions: Deletions, prefix: str) -> tuple[dict[str, int], list[str]]:
@@ -68,7 +69,8 @@ def delete_tenant(learning: Learning, keys: Keys, deletions: Deletions, prefix: 
     with learning.records.lock(GATHER):
         ids = {job.id for job in jobs} | learning.jobs.forget_rest(prefix)
     learning.records.remove(f"turns/{folder}")
-    counts = {"keys": len(mine), "jobs": len(ids), "files": files, **_take_out(learning, ids)}
+    counts = {"keys": len(mine), "jobs": len(ids), "files": files}
+    counts |= _take_out(learning, ids, lambda owner: owner.startswith(prefix))
     names, counts["versions"] = list(learning.store.names(prefix)), 0
     for name in names:
         with contextlib.suppress(UnknownName), learning.records.lock(name):  # somebody else was faster
@@ -118,12 +120,16 @@ def _count_versions(learning: Learning, name: str) -> int:
         return 1
 
 
-def _take_out(learning: Learning, jobs: set[str]) -> dict[str, int]:
-    """{"runs": in which they were, "runs_pending": that didn't let go of them in time}."""
+def _take_out(learning: Learning, jobs: set[str], is_theirs: Callable[[str], bool]) -> dict[str, int]:
+    """{"runs": in which they were, "runs_pending": that didn't let go of them in time, or can't be read}. is_theirs: of an
+    adapter's name."""
     counts, runs = {"runs": 0, "runs_pending": 0}, Runs(learning)
     for run in runs.all():
         if any(entry.job in jobs for entry in run.entries):
             counts["runs" if _taken_out(runs, run, jobs) else "runs_pending"] += 1
+    for run_id in runs.unreadable():  # which a runner ends and removes
+        data = learning.records.names(f"runs/{run_id}/data")
+        counts["runs_pending"] += any(is_theirs(file.removesuffix(".jsonl")) for file in data)
     return counts
 
 
