@@ -1,10 +1,13 @@
 """torch.compile: the same numbers, and no graph anew for a switch or a row pattern."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
+import veralib
 from tests.conftest import randomise, tiny_llama, tokens
 from tests.reference import logits, three_adapters
 from veralib import StateError, VeraConfig, attach
@@ -67,6 +70,32 @@ def test_compiled_training_inside_rows_and_using_is_what_it_is_without_compiling
         assert (eager is None) == (compiled is None)
         if eager is not None:
             torch.testing.assert_close(compiled, eager)
+
+
+@pytest.mark.parametrize("plan", ["factored", "merged-tokens", "apart-weights"])
+@pytest.mark.parametrize("context", ["rows", "using"])
+def test_where_a_graph_cant_hold_an_adapter_nothing_of_ours_is_traced(context, plan):
+    """A compiler that takes our functions one by one has had wrong gradients for them (torch 2.11)."""
+    x, gradients, traced = torch.randn(4, 16), [], []
+
+    def backend(graph, inputs):
+        traced.extend(node.meta.get("stack_trace") or "" for node in graph.graph.nodes)
+        return graph.forward
+
+    for compile_it in (False, True):
+        model = Residual()
+        vera = attach(model, VeraConfig(rank=4, targets="all-linear"), name="a")
+        vera.add(VeraConfig(rank=4, targets="all-linear", seed=7), name="b")
+        for name in "ab":
+            randomise(vera, name)
+        vera.runtime.plan = plan
+        run = torch.compile(model, backend=backend) if compile_it else model
+        with vera.rows(["b", None, "a", "b"]) if context == "rows" else vera.using("b"):
+            run(x).square().sum().backward()
+        gradients.append(torch.cat([p.grad for p in vera.parameter_groups(name="b")[0]["params"]]))
+    torch.testing.assert_close(gradients[1], gradients[0])
+    ours = str(Path(veralib.__file__).parent)
+    assert not any(ours in trace.rpartition("File ")[2] for trace in traced)
 
 
 class Residual(nn.Module):

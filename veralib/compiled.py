@@ -5,7 +5,9 @@ memo of A x here: several layers that read one x each multiply it by A.
 """
 
 import itertools
+import sys
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,8 +26,9 @@ _TRAINS_USED = (
     "or call the uncompiled model."
 )
 _BIASES = "this adapter replaces biases (PEFT's bias='vera_only'), which a compiled model can't: call the uncompiled model."
-is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.6 hasn't it
+_traces = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", lambda: True)
 _numbers = itertools.count()
+_untraced: dict[Callable, Callable] = {}
 _sites: "weakref.WeakValueDictionary[int, Site]" = weakref.WeakValueDictionary()
 
 
@@ -34,6 +37,21 @@ def register(site: "Site") -> int:
     number = next(_numbers)
     _sites[number] = site
     return number
+
+
+def is_exporting() -> bool:
+    """Whether torch.export traces. torch's own function of that name is true in any graph before torch 2.12."""
+    return getattr(torch.compiler, "_is_exporting_flag", False)
+
+
+def untraced(call: Callable) -> Callable:
+    """call, so that torch.compile traces nothing in it where it left the layer's own frame to run as it is: it would compile
+    each function of ours alone, and torch 2.11's gradients of such pieces are wrong."""
+    if "torch._dynamo" not in sys.modules or not _traces():  # nor is the compiler loaded for it, which takes seconds
+        return call
+    if call not in _untraced:
+        _untraced[call] = torch.compiler.disable(call)
+    return _untraced[call]
 
 
 def check_export(site: "Site") -> None:

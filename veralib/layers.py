@@ -249,6 +249,16 @@ def _with_bias(out: Tensor, module: nn.Module, bias: Tensor | None) -> Tensor:
     return out + (bias.to(out.device) - (old if isinstance(old, Tensor) else 0.0)).to(out.dtype)
 
 
+def _forward(module: Any, base: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """An adapted linear's forward, in a graph or out of one. base: its own."""
+    if not torch.compiler.is_compiling():
+        return compiled.untraced(Site.forward)(module._vera, module, base, x)
+    if compiled.is_exporting():
+        compiled.check_export(module._vera)
+        return base(x)
+    return compiled.forward(module._vera, base(x), x, module.training)
+
+
 class VeraLayer:
     """Mixed into an adapted linear's class. The layer's Parameters vera_<k>_d and vera_<k>_b stay float32 whatever is cast."""
 
@@ -256,12 +266,7 @@ class VeraLayer:
 
     def forward(self, x: Any = None, *args: Any, **kwargs: Any) -> Tensor:
         x = kwargs.pop("input") if x is None else x  # nn.Linear's name of it
-        if torch.compiler.is_compiling():
-            if compiled.is_exporting():
-                compiled.check_export(self._vera)
-                return super().forward(x)  # type: ignore[misc]
-            return compiled.forward(self._vera, super().forward(x), x, self.training)  # type: ignore[misc, attr-defined]
-        return self._vera.forward(self, super().forward, x)  # type: ignore[misc, arg-type]
+        return _forward(self, super().forward, x)  # type: ignore[misc, arg-type]
 
     def _apply(self, fn: Callable, recurse: bool = True) -> Any:
         own = {id(t) for name, p in self._parameters.items() if name.startswith("vera_") for t in (p, p.grad)}  # type: ignore[attr-defined]
@@ -297,7 +302,7 @@ VeraLinear = adapted_class(nn.Linear)
 
 
 def _hooked_forward(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    return self._vera.forward(self, self._vera.hooked, x)  # type: ignore[union-attr, operator, arg-type]
+    return _forward(self, self._vera.hooked, x)  # type: ignore[union-attr, operator, arg-type]
 
 
 def _no_fast_path(module: nn.Module, args: Any) -> None:
