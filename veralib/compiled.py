@@ -40,7 +40,7 @@ def register(site: "Site") -> int:
 
 
 def is_exporting() -> bool:
-    """Whether torch.export traces. torch's own function of that name is true in any graph before torch 2.12."""
+    """Whether torch.export traces. torch 2.11's own function of that name is true in any graph."""
     return getattr(torch.compiler, "_is_exporting_flag", False)
 
 

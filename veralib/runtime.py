@@ -17,7 +17,7 @@ from .errors import StateError
 from .products import apply_frozen
 from .selection import BASE, Bucket, Selection, stacked_vectors
 
-# (pack, unpack) of the innermost torch.autograd.graph.saved_tensors_hooks, or None; an older torch may not tell
+# (pack, unpack) of the innermost torch.autograd.graph.saved_tensors_hooks, or None; torch promises nobody this function
 _innermost_hook = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignore_is_tracing: None)
 
 
