@@ -1,11 +1,13 @@
 """Modules trained in full: each adapter's copy is its own, whatever else adapts the model."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
 
-from tests.conftest import randomise, tiny_bert
-from veralib import VeraConfig, attach
+from tests.conftest import randomise, tiny_bert, tokens
+from veralib import VeraConfig, VeraWarning, attach
 
 
 class Head(nn.Module):
@@ -142,3 +144,20 @@ def test_the_reference_leaves_every_copy_of_a_head_in_its_mode():
     model.eval()
     vera.reference()(torch.randn(4, 8))
     assert not any(m.training for copied in (model, *site.resident.values()) for m in copied.modules())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_head_in_float16_is_warned_of_which_adamw_makes_nan_of(dtype):
+    model = tiny_bert().to(dtype)
+    config = VeraConfig(rank=4, targets=["query"], train_modules=["classifier"])
+    if dtype == torch.bfloat16:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            vera = attach(model, config)
+    else:
+        with pytest.warns(VeraWarning, match='"classifier" is to train in full and is float16'):
+            vera = attach(model, config)
+    optimizer = torch.optim.AdamW(vera.parameter_groups(lr=1e-3))
+    model.train()(input_ids=tokens(), labels=torch.tensor([0, 1, 2, 0])).loss.backward()
+    optimizer.step()
+    assert all(p.isfinite().all() for p in model.classifier.vera_0.parameters()) == (dtype == torch.bfloat16)

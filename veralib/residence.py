@@ -257,10 +257,21 @@ class Residence:
         if offloaded:
             copied.to(getattr(getattr(module, "_hf_hook", None), "execution_device", None) or self.device)
         if member.trainable:
+            _warn_of_half(module._vera_head.name, copied)  # type: ignore[union-attr, arg-type]
             copied.requires_grad_(True)
             module.add_module(f"vera_{member.number}", copied)
         else:
             module._vera_head.resident[member.number] = copied  # type: ignore[union-attr, operator, assignment]
+
+
+def _warn_of_half(name: str, head: nn.Module) -> None:
+    if any(p.dtype == torch.float16 for p in head.parameters()):
+        warnings.warn(
+            f'"{name}" is to train in full and is float16, in which an optimizer soon makes NaN of it: load the model with '
+            "dtype=torch.float32 or bfloat16.",
+            VeraWarning,
+            stacklevel=2,
+        )
 
 
 def _refuse_offloaded(heads: Mapping[str, nn.Module]) -> None:

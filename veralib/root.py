@@ -150,7 +150,19 @@ def _before_root(model: Any, args: Any) -> None:
     if vera.merged is not None and model.training and torch.is_grad_enabled() and any(m.trainable for m in vera.members.values()):
         raise StateError(f'adapter "{vera.merged}" is merged, and its vectors get no gradient so: call unmerge() to train.')
     if model.training and torch.is_grad_enabled():
+        _refuse_peft(vera)
         checkpoint.keep_float32(vera)
+
+
+def _refuse_peft(vera: "Vera") -> None:
+    """StateError where PEFT has put its own layers into the model since, which froze the adapters: peft_config of a trainer."""
+    if not vera.__dict__.get("_trains_alone"):
+        if any(type(m).__module__.startswith("peft.") for m in vera.model.modules()):
+            raise StateError(
+                "PEFT has put layers of its own into this model after attach, and frozen its adapters: leave out the trainer's "
+                "peft_config, or give the trainer a model without attach."
+            )
+        vera.__dict__["_trains_alone"] = True
 
 
 def _after_root(model: Any, args: Any, output: Any) -> None:

@@ -9,10 +9,10 @@ from typer.testing import CliRunner
 
 from tests.fleet.workshop import SIZES, changed, flat, sentences, worker
 from tests.training import tiny
-from veralib import AdapterMismatch, StateError, UnknownName, attach
+from veralib import AdapterMismatch, ConfigError, StateError, UnknownName, attach
 from veralib.cli import build
 from veralib.fleet import folder as files
-from veralib.fleet.data import owner_data
+from veralib.fleet.data import kept_rows, owner_data
 from veralib.fleet.run import FleetResult, train_fleet, update_owner
 from veralib.fleet.standing import Standing
 from veralib.fleet.trainer import FleetTrainer, OwnerResult
@@ -159,3 +159,12 @@ def test_of_two_standing_files_the_one_that_got_further_counts(tmp_path):
         files.save_standing(files.standing_file(tmp_path, rank), at(taken))
     found = files.standing(tmp_path)["ann"]
     assert found["taken"] == 90 and torch.equal(found["row"], torch.full((3,), 90.0))
+
+
+def test_update_refuses_anothers_rows_and_leaves_everything_as_it_was(settings):
+    train_fleet(settings)
+    store, output = open_store(Path(settings.output) / "store"), Path(settings.output)
+    old, kept = flat(store, "bob"), kept_rows(output, "bob")
+    with pytest.raises(ConfigError, match=r'row 2 is of "ann" \(column "owner"\), and "bob" was to be updated'):
+        update_owner(output, "bob", [*sentences("bob", 1), *sentences("ann", 1)], lambda line: None)
+    assert torch.equal(flat(store, "bob"), old) and kept_rows(output, "bob") == kept and len(store.versions("bob")) == 1

@@ -14,7 +14,7 @@ import torch
 from typer.testing import CliRunner
 
 from tests.training import tiny
-from veralib import ConfigError, DataError
+from veralib import ConfigError, DataError, StoreError
 from veralib.cli import build
 from veralib.fleet import folder as files
 from veralib.fleet.data import read_owners
@@ -161,3 +161,20 @@ def test_nothing_stays_of_an_owner_that_is_forgotten(make, tmp_path):
     assert torch.equal(flat(open_store(folder / "store"), "ann"), before) and set(files.ended(folder)) == {"ann"}
     printed = CliRunner().invoke(build(), ["fleet", "forget", str(folder), "zebra7"])
     assert printed.exit_code == 1 and "holds nothing of" in printed.output
+
+
+def test_a_mistyped_start_or_mark_is_named_and_nothing_is_written(make, tmp_path):
+    rows = [{**r, "only": False} for r in sentences("ann", 4)]
+    with pytest.raises(StoreError, match=r"there is no store at .*/first/stor: name"):
+        train_fleet(make(rows, "first", start_from=tmp_path / "first/stor"))
+    with pytest.raises(DataError, match=r'no row of .* has the column "onyl"\. Did you mean "only"\?'):
+        train_fleet(make(rows, "first", held_out_column="onyl"))
+    assert not (tmp_path / "first").exists()
+
+
+def test_a_model_that_cant_be_loaded_binds_no_folder_to_it(make, tmp_path):
+    rows = sentences("ann", 4)
+    with pytest.raises(ConfigError, match="there is no model folder"):
+        train_fleet(make(rows, "first").model_copy(update={"model": str(tmp_path / "bsae")}))
+    assert not (tmp_path / "first").exists()
+    assert set(train_fleet(make(rows, "first", epochs=1)).owners) == {"ann"}

@@ -21,7 +21,7 @@ from tests.interop.folders import (
     ours,
     peft_logits,
 )
-from veralib import attach, load_adapter, save_adapter
+from veralib import StateError, VeraConfig, attach, load_adapter, save_adapter
 from veralib.errors import AdapterFileError, AdapterMismatch
 from veralib.interop.parse import adapter_from_peft, require_shapes, with_shapes
 from veralib.interop.peft import read_peft, write_peft
@@ -216,3 +216,15 @@ def test_seed_decides_where_no_projection_is_saved(tmp_path):
 def test_adapter_from_peft_names_where_it_read():
     with pytest.raises(AdapterFileError, match=r"^here: r is None"):
         adapter_from_peft({"peft_type": "VERA"}, {}, "here")
+
+
+def test_pefts_own_layers_after_attach_are_refused_when_training_begins():
+    """What SFTTrainer(peft_config=…) does: the adapter would be frozen without a word."""
+    model = tiny_llama()
+    vera = attach(model, VeraConfig(rank=4, targets=["q_proj"]))
+    model.train()(input_ids=tokens(), labels=tokens()).loss.backward()
+    vera.detach()
+    attach(model, VeraConfig(rank=4, targets=["q_proj"]))
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["v_proj"])).train()
+    with pytest.raises(StateError, match="PEFT has put layers of its own into this model"):
+        wrapped(input_ids=tokens(), labels=tokens())

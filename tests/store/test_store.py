@@ -12,7 +12,7 @@ from tests.store.killing import filled
 from tests.store.samples import equal, trained
 from veralib import ConfigError, StoreError, UnknownName, VeraConfig, attach
 from veralib.serving.names import engine_name
-from veralib.store import CachedStore, open_store
+from veralib.store import CachedStore, open_store, open_there
 
 
 @pytest.mark.parametrize(
@@ -270,3 +270,17 @@ def test_what_a_killed_process_left_half_done_is_gone_when_a_store_is_opened(tmp
     assert len(list(scratch.iterdir())) == 3
     assert "ann" not in open_store(tmp_path / "store")
     assert [path.name for path in scratch.iterdir()] == ["being-written"]
+
+
+def test_only_a_store_that_is_there_is_opened_there(tmp_path):
+    with pytest.raises(StoreError, match=r"there is no store at .*nowhere"):
+        open_there(tmp_path / "nowhere")
+    assert not (tmp_path / "nowhere").exists()
+    open_store(tmp_path / "somewhere", precision="bfloat16")
+    assert open_there(tmp_path / "somewhere").precision == "bfloat16"
+
+
+def test_a_mistyped_setting_of_a_local_store_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r'no setting of a store on a local disk "knd"\. Did you mean "kind"\?'):
+        open_store(tmp_path / "adapters", knd="packed")
+    assert not (tmp_path / "adapters").exists()

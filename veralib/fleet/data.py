@@ -48,6 +48,7 @@ def read_owners(settings: FleetSettings) -> OwnerRows:
             f'{", ".join(settings.data)} has no column "{missing}".{nearest(missing, there)} Columns there: '
             f"{', '.join(map(str, there))}. Name yours with text."
         )
+    _check_mark(settings, rows)
     found: dict[str, list[Row]] = {}
     nameless = 0
     for row in rows:
@@ -59,6 +60,18 @@ def read_owners(settings: FleetSettings) -> OwnerRows:
     if not found:
         raise DataError(f'no row of {", ".join(settings.data)} names an owner in column "{settings.owner}".')
     return OwnerRows(found, {"": f"{nameless} rows name no owner"} if nameless else {})
+
+
+def _check_mark(settings: FleetSettings, rows: Sequence[Row]) -> None:
+    """DataError where no row at all has the column that marks held-out rows; a row of JSON may go without."""
+    column, there = settings.held_out_column, dict[str, None]()
+    if column is not None and not any(column in row for row in rows):
+        for row in rows:
+            there |= dict.fromkeys(map(str, row))
+        raise DataError(
+            f'no row of {", ".join(settings.data)} has the column "{column}".{nearest(column, list(there))} Columns there: '
+            f"{', '.join(there)}. Name the one that marks held-out rows with held_out_column."
+        )
 
 
 def _read_folder(folder: Path) -> OwnerRows:

@@ -29,24 +29,30 @@ FREE |= {"progress_seconds"}
 TENSORS = ("row", "exp_avg", "exp_avg_sq", "best_row")
 
 
-def open_folder(settings: FleetSettings, folder: Path, labels: Sequence[str] = ()) -> None:
-    """Makes the folder this run's. StateError where it is one of other settings. Labels are those of its first run."""
-    written = {**settings.to_dict(), "store": _absolute(settings.store)}
-    mine = {k: v for k, v in written.items() if k not in FREE}
-    mark = folder / "run.json"
-    if mark.exists():
-        old = read_settings(folder)
+def check_folder(settings: FleetSettings, folder: Path) -> None:
+    """StateError where the folder is a run's of other settings."""
+    if (folder / "run.json").exists():
+        old, mine = read_settings(folder), _written(settings)
         old["store"] = _absolute(old.get("store"))
-        changed = [f"{k} was {old.get(k)!r}, now {mine[k]!r}" for k in mine if k in old and old[k] != mine[k]]
+        changed = [f"{k} was {old[k]!r}, now {v!r}" for k, v in mine.items() if k in old and k not in FREE and old[k] != v]
         if changed:
             raise StateError(
                 f"{folder} holds a fleet of other settings; name another output folder. Different: {'; '.join(changed[:8])}"
             )
+
+
+def open_folder(settings: FleetSettings, folder: Path, labels: Sequence[str] = ()) -> None:
+    """Makes the folder this run's. StateError where it is one of other settings. Labels are those of its first run."""
+    check_folder(settings, folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(mark, {"settings": written, "labels": read_labels(folder) or list(labels)})
+        write_json(folder / "run.json", {"settings": _written(settings), "labels": read_labels(folder) or list(labels)})
     except OSError as e:
         raise StateError(f"can't write to the output folder {folder}: {e.strerror or e}.") from e
+
+
+def _written(settings: FleetSettings) -> dict[str, Any]:
+    return {**settings.to_dict(), "store": _absolute(settings.store)}
 
 
 def _absolute(store: str | None) -> str | None:

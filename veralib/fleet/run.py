@@ -17,7 +17,7 @@ from ..adapter import Adapter
 from ..attaching import attach
 from ..errors import ConfigError, DataError, StateError
 from ..format import load_adapter, save_adapter
-from ..store import Store, open_store
+from ..store import Store, open_store, open_there
 from ..store.packed import PackedStore
 from ..training.folder import write_json
 from ..training.loading import Base, load_base
@@ -90,6 +90,9 @@ def _train(settings: FleetSettings, rows: OwnerRows | None, progress: Progress, 
     output = Path(settings.output)
     owners = read_owners(settings) if rows is None else rows
     labels = files.read_labels(output) or labels_of(settings, owners.rows)
+    files.check_folder(settings, output)
+    begin_from = open_there(settings.start_from) if settings.start_from else None
+    base = _load(settings, labels)  # before anything is written: a mistyped model leaves no folder that is bound to it
     if rank == 0:
         files.open_folder(settings, output, labels)
         (output / "fleet.json").unlink(missing_ok=True)  # it says that a run has finished
@@ -97,7 +100,6 @@ def _train(settings: FleetSettings, rows: OwnerRows | None, progress: Progress, 
     store = _open_store(settings, output)
     done = files.ended(output)
     wait(world)  # before anybody ends one more
-    base = _load(settings, labels)
     heads = Heads(base.head, settings.head_per_owner)
     vera = attach(base.model)
     unusable = dict(owners.unusable)
@@ -107,7 +109,7 @@ def _train(settings: FleetSettings, rows: OwnerRows | None, progress: Progress, 
     mine = [n for i, n in enumerate(owners.rows) if i % world == rank and n not in done]
     fleet = vera.fleet(heads.config(settings.vera_config(), shared), min(settings.slots, max(1, len(mine))))
     optimizer = _optimizer(settings, fleet, settings.lr)
-    starts = Starts(open_store(settings.start_from) if settings.start_from else None, start)
+    starts = Starts(begin_from, start)
     trainer = FleetTrainer(fleet, optimizer, _plan(settings), base.tokenizer.pad_token_id or 0, starts)
     also = ProgressFile(output / f"progress-{rank}.jsonl", settings.progress_seconds)
     trainer.on_step = standing = Standing(output, rank, fleet, stop, also)
@@ -247,6 +249,18 @@ def rows_hash(rows: Sequence[Mapping[str, Any]]) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
+def _check_owner(settings: FleetSettings, owner: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """ConfigError where a row names somebody else in the column by which the fleet's rows were told apart."""
+    by_files = len(settings.data) == 1 and Path(settings.data[0]).expanduser().is_dir()
+    for number, row in enumerate(rows if not by_files else (), 1):
+        named = row.get(settings.owner)
+        if named not in (None, "") and str(named) != owner:
+            raise ConfigError(
+                f'row {number} is of "{named}" (column "{settings.owner}"), and "{owner}" was to be updated: give the rows of '
+                f'"{owner}" alone.'
+            )
+
+
 def update_owner(folder: str | Path, owner: str, rows: Sequence[Mapping[str, Any]], progress: Progress = print) -> OwnerResult:
     """Goes on training one owner of a fleet, from its adapter in the store, on its kept rows and the new ones.
 
@@ -258,6 +272,7 @@ def update_owner(folder: str | Path, owner: str, rows: Sequence[Mapping[str, Any
     settings = FleetSettings(**files.read_settings(output))
     store = open_store(settings.store or output / "store")
     before = store.get(owner)
+    _check_owner(settings, owner, rows)
     together = [*kept_rows(output, owner), *rows]
     if not together:
         raise ConfigError(f'there are no rows for owner "{owner}": give new ones; the fleet kept none.')

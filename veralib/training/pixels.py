@@ -84,8 +84,10 @@ def load_processor(model: str, revision: str | None, config: Any) -> Any:
     Always on Pillow: torchvision would resize a little differently, so a run would depend on what else is installed.
     Errors: ConfigError where the processor can't be loaded, or the model reads no RGB.
     """
-    from transformers import AutoImageProcessor, ViTImageProcessorPil
-    from transformers.models.auto.image_processing_auto import get_image_processor_config
+    from transformers import ViTImageProcessorPil
+
+    # its own module, since transformers 5.17 itself has the class only where there is torchvision
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor, get_image_processor_config
 
     channels = getattr(config, "num_channels", 3)
     if channels != 3:

@@ -133,7 +133,8 @@ def test_predictions_are_what_was_evaluated(settings, photos, tmp_path):
 def test_a_merged_model_predicts_without_veralib(settings, photos, tmp_path):
     runner = pytest.importorskip("typer.testing")
     from PIL import Image
-    from transformers import AutoImageProcessor, AutoModelForImageClassification
+    from transformers import AutoModelForImageClassification
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     from veralib.cli import build
     from veralib.training.predict import predict
