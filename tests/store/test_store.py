@@ -280,6 +280,13 @@ def test_only_a_store_that_is_there_is_opened_there(tmp_path):
     assert open_there(tmp_path / "somewhere").precision == "bfloat16"
 
 
+def test_only_adapters_are_stored(tmp_path):
+    store = open_store(tmp_path)
+    with pytest.raises(ConfigError, match=r"is a str, expected an Adapter: vera\.adapter\(name\)"):
+        store.put("ann", "ann.safetensors")
+    assert list(store.names()) == []
+
+
 def test_a_mistyped_setting_of_a_local_store_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r'no setting of a store on a local disk "knd"\. Did you mean "kind"\?'):
         open_store(tmp_path / "adapters", knd="packed")

@@ -6,7 +6,7 @@ from typing import Any
 
 from typer import Argument, Option, Typer
 
-from ..errors import ConfigError
+from ..errors import ConfigError, unknown_text
 from .flags import flags, pairs, set_option, settings_argument
 from .shared import fails_clearly, human_bytes, table
 
@@ -93,7 +93,7 @@ def run(settings_file: str | None, sets: list[str], given: dict[str, Any], base:
         ("held-out loss, mean over owners", _change(found["loss_before"], found["loss_after"])),
         ("owners that got better", f"{found['improved']:,}"),
         ("parameters an owner", f"{result.parameters_per_owner:,}"),
-        ("bytes of all adapters", f"{found['bytes']:,} ({human_bytes(found['bytes'])})"),
+        ("bytes of all adapters in float32", f"{found['bytes']:,} ({human_bytes(found['bytes'])})"),
         ("steps", f"{result.steps:,} mixed batches, {result.tokens:,} tokens and {result.padding:,} of padding"),
         ("seconds", f"{result.seconds:.1f}"),
         ("store", result.store),
@@ -156,7 +156,7 @@ def status(folder: str = Argument(help="The output folder of a run.")) -> None:
         ("stopped early, at their best", f"{len(kinds['stopped']):,}"),
         ("diverged", f"{len(kinds['diverged']):,}" + "".join(f', "{o["name"]}"' for o in kinds["diverged"][:5])),
         ("in a slot, or interrupted there", f"{sum(n not in done for n in now):,}"),
-        ("bytes of all adapters", human_bytes(sum(o["bytes"] for o in done.values()))),
+        ("bytes of all adapters in float32", human_bytes(sum(o["bytes"] for o in done.values()))),
         ("run", "finished" if finished else "not finished: start it again and it goes on"),
     ]
     table(f"The fleet in {folder}", ("", "value"), rows)
@@ -191,11 +191,12 @@ def forget(
 
         vera fleet forget fleet ann
     """
-    from ..fleet.folder import forget_owner
+    from ..fleet.folder import ended, forget_owner
 
     gone = forget_owner(Path(folder), owner)
     if not gone:
-        raise ConfigError(f'{folder} holds nothing of an owner "{owner}": vera fleet status {folder} says who is there.')
+        known = unknown_text("owner", owner, sorted(ended(Path(folder))))
+        raise ConfigError(f'{folder} holds nothing of "{owner}": {known}')
     print(f'"{owner}" is gone from {folder}: {gone} things were removed.')
 
 

@@ -54,6 +54,11 @@ class Store(ABC):
         """Several at once, with one wait for the disk where the form of store can; their version numbers."""
         records = []
         for name, adapter in items:
+            if not isinstance(adapter, Adapter):
+                raise ConfigError(
+                    f'the adapter to store as "{name}" is a {type(adapter).__name__}, expected an Adapter: vera.adapter(name), '
+                    "or load_adapter(path)."
+                )
             configuration = codec.configuration_of(adapter, self.precision)
             if configuration.digest not in self._configurations:
                 self._keep_configuration(configuration)

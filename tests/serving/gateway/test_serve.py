@@ -19,6 +19,7 @@ import pytest
 from tests.serving.gateway.fake import fake_python, wait_until
 from tests.serving.gateway.workplace import chats
 from tests.test_cli import plain, vera
+from veralib.serving.gateway.engine import free_port
 
 TEXT = {"model": "tiny-base", "prompt": "x"}
 
@@ -180,6 +181,31 @@ def test_what_cannot_be_served_is_said_in_one_line(tmp_path):
     assert "everybody admin" in plain(vera("serve", "--store", "s", "--model", "m", "--no-auth", "--host", "0.0.0.0", code=1))
     assert "max_tokens" in vera("serve", "--store", "s", "--model", "m", "--max-tokens", "many", code=1)
     assert "can't read" in vera("serve", "--settings", tmp_path / "none.yaml", code=1)
+
+
+def test_a_port_in_use_is_said_before_an_engine_starts(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        words = ("--store", tmp_path / "s", "--model", "m", "--no-auth", "--port", port, "--state", tmp_path / "state")
+        said = plain(vera("serve", *words, code=1))
+    assert f"can't listen on 127.0.0.1, port {port}" in said and "--port" in said
+    assert not (tmp_path / "state/logs").exists()
+
+
+def test_an_engine_that_never_answered_says_why_in_the_gateways_log(tmp_path):
+    """A model that isn't there: its output lies in a file that a newcomer doesn't know of."""
+    state, port = tmp_path / "state", free_port()
+    words = ["--store", tmp_path / "s", "--model", tmp_path / "bsae", "--no-auth", "--port", str(port), "--state", state]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with open(tmp_path / "log", "wb") as log:
+        process = subprocess.Popen([sys.executable, "-m", "veralib.cli", "serve", *words], env=environment, stderr=log)
+    try:
+        assert wait_until(lambda: "bsae" in (tmp_path / "log").read_text().partition("the end of its output:")[2], 60)
+    finally:
+        process.terminate()
+        process.wait(30)
 
 
 ARENAS = """

@@ -131,7 +131,8 @@ class ChildEngine(Engine):
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(LOOK_SECONDS if self.up else 0.2):
                     await self.process.wait()
-                LOG.error("the engine ended with code %s", self.process.returncode)
+                why = "" if lived else f"; the end of its output:\n{self._log_tail()}"  # a request's text isn't in it yet
+                LOG.error("the engine ended with code %s%s", self.process.returncode, why)
                 return STOP_SECONDS
             status = await health()
             lived, gone = lived or status == 200, gone + 1 if lived and status in (503, ABSENT) else 0
@@ -144,6 +145,11 @@ class ChildEngine(Engine):
             if time.monotonic() - answered > self.settings.engine_hung_seconds:
                 LOG.error("the engine hasn't answered for too long: it is ended")
                 return STOP_SECONDS
+
+    def _log_tail(self) -> str:
+        with open(self.log, "rb") as log:
+            log.seek(max(0, self.log.stat().st_size - 1500))
+            return log.read().decode("utf-8", "replace").strip()
 
     async def _end(self, seconds: float) -> None:
         """Asks the child and its own children to end, and sees to it after so many seconds."""

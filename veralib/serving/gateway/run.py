@@ -5,11 +5,13 @@ import contextlib
 import ctypes
 import logging
 import signal
+import socket
 import sys
 from types import FrameType
 
 import uvicorn
 
+from ...errors import ConfigError
 from .app import make_app
 from .settings import GatewaySettings
 
@@ -18,7 +20,9 @@ M_ARENA_MAX = -8
 
 
 def run(settings: GatewaySettings) -> None:
-    """Serves until SIGTERM, which leaves with code 0, or Ctrl-C; a second signal ends it at once."""
+    """Serves until SIGTERM, which leaves with code 0, or Ctrl-C; a second signal ends it at once. ConfigError where the port
+    can't be had."""
+    check_port(settings.host, settings.port)
     share_arenas()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s: %(message)s")
     logging.getLogger("httpx2").setLevel(logging.WARNING)
@@ -35,6 +39,17 @@ def run(settings: GatewaySettings) -> None:
     )
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn drains first and then raises it again
     DrainingServer(config, settings.drain_delay).run()
+
+
+def check_port(host: str, port: int) -> None:
+    """ConfigError where nobody can listen there, before an engine starts for it."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server itself does
+            probe.bind(address)
+    except OSError as e:
+        raise ConfigError(f"can't listen on {host}, port {port}: {e.strerror or e}. Choose another with --port or --host.") from e
 
 
 def share_arenas() -> None:
