@@ -16,7 +16,7 @@ ORDER = [
     {"kernels"},
     {"config", "linears", "hashes", "core", "fused"},
     {"adapter", "autograd", "targets", "budget"},
-    {"bank", "checks"},
+    {"bank", "checks", "segments"},
     {"fleetbank"},
     {"selection", "runtime", "header", "format"},
     {"compiled", "layers"},

@@ -1,6 +1,7 @@
 """What is kept between forwards (selections, vectors, A x, records) is never another call's."""
 
 import threading
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -181,31 +182,173 @@ def test_an_evaluation_of_another_adapter_between_is_no_forward_of_the_backward(
             torch.testing.assert_close(one, other)
 
 
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_parts_with_two_adapters_under_one_checkpointed_backward_are_refused_once(reentrant):
-    vera = two(Towers(reentrant))
-    vera.model.train()
+@dataclass
+class Output:
+    """Whose tensors no hook of the root's finds."""
 
-    def encode(name):
-        with vera.using(name):
-            return vera.model.encode(torch.ones(3, 6, requires_grad=True)).square().sum()
-
-    with pytest.raises(StateError, match="Call backward once for each forward"):
-        (encode("a") + encode("b")).backward()
-    vera.model.zero_grad()
-    encode("a").backward()
-    assert all(p.grad is not None for p in vera.parameter_groups(name="a")[0]["params"])
-    assert all(p.grad is None for p in vera.parameter_groups(name="b")[0]["params"])
+    loss: torch.Tensor
 
 
-def test_the_root_with_one_adapter_and_a_part_with_another_under_one_backward_are_refused():
-    vera = two(Checkpointed())
-    with vera.using("a"):
-        whole = vera.model(torch.ones(3, 6)).sum()
+class Pair(nn.Module):
+    """Two towers, called by themselves or one after the other; each plain (way None) or a checkpointed segment."""
+
+    def __init__(self, first, second):
+        super().__init__()
+        torch.manual_seed(0)
+        make = lambda: nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))  # noqa: E731
+        self.first, self.second, self.ways = make(), make(), {"first": first, "second": second}
+
+    def encode(self, which, x):
+        tower, way = getattr(self, which), self.ways[which]
+        return tower(x) if way is None else checkpoint(tower, x, use_reentrant=way)
+
+    def forward(self, x):
+        return Output(self.encode("second", self.encode("first", x)).square().sum())
+
+
+def ones(size=1.0):
+    return torch.full((3, 6), size, requires_grad=True)
+
+
+def part(vera, name, which="first", size=1.0):
+    with vera.using(name):
+        return vera.model.encode(which, ones(size)).square().sum()
+
+
+def parts_of_two_adapters(vera):
+    (part(vera, "a") + part(vera, "b")).backward()
+
+
+def interleaved(vera):
+    first, second = part(vera, "a", size=0.1), part(vera, "a", size=0.2)
+    first.backward()
+    third = part(vera, "b", size=0.3)
+    second.backward()
+    third.backward()
+
+
+def another_part_before(vera):
+    part(vera, "a", "first").backward()
+    part(vera, "b", "second").backward()
+
+
+def two_parts_at_once(vera):
+    (part(vera, "a", "first") + part(vera, "b", "second")).backward()
+
+
+def a_target_in_train_mode(vera):
+    with torch.no_grad(), vera.using(None):
+        target = vera.model.encode("second", ones())
     with vera.using("b"):
-        part = vera.model.inner(torch.ones(3, 6, requires_grad=True)).sum()
-    with pytest.raises(StateError, match="Call backward once for each forward"):
-        (whole + part).backward()
+        (vera.model.encode("second", ones()) - target).square().sum().backward()
+
+
+def a_root_whose_output_is_of_its_own_kind(vera):
+    vera.use("b")
+    with vera.using("a"):
+        out = vera.model(ones())
+    out.loss.backward()
+
+
+def a_root_and_a_part(vera):
+    with vera.using("a"):
+        out = vera.model(ones())
+    (out.loss + part(vera, "b")).backward()
+
+
+def another_thread_meanwhile(vera):
+    """An answer of the model, in a thread of its own, while the backward runs."""
+    vera.use("b")
+    with vera.using("a"):
+        out = vera.model(ones())
+
+    def answer(g):
+        thread = threading.Thread(target=lambda: torch.no_grad()(vera.model)(torch.ones(2, 6)))
+        thread.start()
+        thread.join()
+
+    loss = out.loss * 1
+    loss.register_hook(answer)
+    loss.backward()
+
+
+def a_backward_that_failed(vera):
+    def fail(g):
+        raise KeyError("on purpose")
+
+    out = vera.model(ones()).loss * 1
+    out.register_hook(fail)
+    with pytest.raises(KeyError):
+        out.backward()
+    part(vera, "a").backward()
+
+
+def a_with_inside_a_segment(vera):
+    def run(x):
+        with vera.using("a"):
+            x = vera.model.first(x)
+        with vera.using("b"):
+            return vera.model.second(x)
+
+    way = vera.model.ways["first"]
+    (run(ones()) if way is None else checkpoint(run, ones(), use_reentrant=way)).square().sum().backward()
+
+
+def a_segment_within_a_segment(vera):
+    def run(x):
+        return vera.model.encode("second", vera.model.first(x))
+
+    way = vera.model.ways["first"]
+    with vera.using("a"):
+        out = run(ones()) if way is None else checkpoint(run, ones(), use_reentrant=way)
+    vera.use("b")
+    out.square().sum().backward()
+
+
+SCENES = [
+    parts_of_two_adapters,
+    interleaved,
+    another_part_before,
+    two_parts_at_once,
+    a_target_in_train_mode,
+    a_root_whose_output_is_of_its_own_kind,
+    a_root_and_a_part,
+    another_thread_meanwhile,
+    a_backward_that_failed,
+    a_with_inside_a_segment,
+    a_segment_within_a_segment,
+]
+
+
+@pytest.mark.parametrize("ways", [(True, True), (False, False), (None, True), (None, False), (True, False), (False, True)])
+@pytest.mark.parametrize("scene", SCENES)
+def test_a_checkpointed_segment_follows_what_its_forward_followed(scene, ways):
+    gradients = []
+    for first, second in ((None, None), ways):
+        vera = two(Pair(first, second))
+        vera.model.train()
+        vera.use(None)
+        scene(vera)
+        gradients.append([p.grad for owner in "ab" for p in vera.parameter_groups(name=owner)[0]["params"]])
+    assert any(g is not None for g in gradients[0])
+    for one, other in zip(*gradients, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other)
+
+
+def test_a_segment_that_followed_two_adapters_without_a_with_of_its_own_is_refused():
+    vera = two(Pair(None, None))
+
+    def run(x):
+        vera.use("a")
+        x = vera.model.first(x)
+        vera.use("b")
+        return vera.model.second(x)
+
+    out = checkpoint(run, ones(), use_reentrant=False)
+    with pytest.raises(StateError, match="its forward followed several"):
+        out.sum().backward()
 
 
 def test_one_adapter_chosen_twice_under_one_checkpointed_backward_is_one():

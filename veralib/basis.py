@@ -305,7 +305,9 @@ def _block(basis: Basis, matrix: int, rows: int, columns: int, device: torch.dev
                 whole = _make(basis, matrix, max(rows, have[0]), max(columns, have[1]), key[2], dtype)
                 if type(whole) is Tensor:  # under FakeTensorMode it has no values: not for later callers
                     _cache[key] = whole
-                    _views.clear()  # those of the smaller matrix would keep it in memory
+                    for old in list(_views):  # those of the smaller matrix would keep it in memory
+                        if old[:2] == key[:2]:
+                            _views.pop(old, None)
     view = whole[:rows, :columns]
     if type(view) is Tensor and not torch.compiler.is_compiling():
         _views[basis, matrix, rows, columns, device, dtype] = view

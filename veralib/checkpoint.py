@@ -127,8 +127,8 @@ def save(vera: "Vera", folder: Path, state: Mapping[str, Tensor] | None = None, 
 
 
 def batches_seen(model: nn.Module) -> dict[str, int]:
-    """For each normalisation that keeps running statistics of its batches, how many it has seen."""
-    kept = {n: getattr(m, "num_batches_tracked", None) for n, m in model.named_modules()}
+    """For each normalisation of the base that keeps running statistics of its batches, how many it has seen."""
+    kept = {n: getattr(m, "num_batches_tracked", None) for n, m in model.named_modules() if not is_own_key(n)}
     return {n: int(t) for n, t in kept.items() if isinstance(t, Tensor) and not t.is_meta}
 
 

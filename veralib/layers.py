@@ -54,11 +54,6 @@ class Site:
         selection = self.runtime.current(module.training)
         if selection.kind == "base":
             return base(x)
-        if x.is_nested:
-            raise StateError(
-                f"layer {self.layer} was given a nested tensor: pad the batch. nn.TransformerEncoder makes them in eval of a "
-                "batch with a padding mask, unless it was made with enable_nested_tensor=False."
-            )
         if torch.jit.is_tracing() and torch.is_grad_enabled():
             raise StateError(
                 "torch.jit.trace can't record an adapter's gradients: trace under torch.no_grad(), or merge() first."
@@ -76,6 +71,7 @@ class Site:
         own_bias = member.biases.get(self.layer)
         if not units:
             return _with_bias(base(x), module, own_bias)
+        self._refuse_nested(x)
         vectors = member.tensors(units) if not _is_replica(module) else _replica_vectors(module, member, units, x.device)
         self.runtime.begins(self, x)
         device = x.device.type
@@ -133,6 +129,13 @@ class Site:
             out = Apart.apply(h, flat, W, bias, units, plan == "apart-tokens", *vectors)
         return out.reshape(*x.shape[:-1], self.m)
 
+    def _refuse_nested(self, x: Tensor) -> None:
+        if x.is_nested:
+            raise StateError(
+                f"layer {self.layer} was given a nested tensor: pad the batch. nn.TransformerEncoder makes them in eval of a "
+                "batch with a padding mask, unless it was made with enable_nested_tensor=False."
+            )
+
     def _check_gradient(self, module: nn.Module, x: Tensor, h: Tensor) -> None:
         """StateError where the base's own forward lets no gradient through: some quantised layers are for inference alone."""
         if x.requires_grad and not h.requires_grad:
@@ -144,6 +147,7 @@ class Site:
             )
 
     def _mixed(self, module: nn.Module, base: Callable[[Tensor], Tensor], x: Tensor, selection: Selection) -> Tensor:
+        self._refuse_nested(x)
         if _is_replica(module):
             raise StateError("vera.rows() doesn't work inside nn.DataParallel: use DistributedDataParallel (torchrun).")
         rows = self.check_rows(x, selection)
@@ -310,12 +314,15 @@ def _no_fast_path(module: nn.Module, args: Any) -> None:
 
 
 def _time_first(layer: str, model: nn.Module) -> str | None:
-    """The innermost module around a layer that takes (time, batch, …) as torch's own do: it or its attention says so."""
+    """The module around a layer that takes (time, batch, …), as torch's own do; the innermost that says which it takes counts."""
     path = layer.split(".")
     for depth in reversed(range(len(path))):
         around = model.get_submodule(".".join(path[:depth]))
-        attentions = (getattr(around, name, None) for name in ("self_attn", "attn"))
-        if any(getattr(m, "batch_first", None) is False for m in (around, *attentions)):
+        torchs = isinstance(around, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer))
+        batch_first = getattr(around.self_attn if torchs else around, "batch_first", None)
+        if batch_first:
+            return None
+        if batch_first is False:
             return ".".join(path[:depth]) or type(around).__name__
     return None
 

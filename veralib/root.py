@@ -146,7 +146,6 @@ def _before_root(model: Any, args: Any) -> None:
     if torch.compiler.is_compiling():
         return
     vera = model._vera_handle
-    vera.runtime.begin_root()
     if vera.merged is not None and model.training and torch.is_grad_enabled() and any(m.trainable for m in vera.members.values()):
         raise StateError(f'adapter "{vera.merged}" is merged, and its vectors get no gradient so: call unmerge() to train.')
     if model.training and torch.is_grad_enabled():
@@ -169,7 +168,7 @@ def _after_root(model: Any, args: Any, output: Any) -> None:
     if torch.compiler.is_compiling():
         return
     vera = model._vera_handle
-    vera.runtime.end_root()
+    vera.runtime.clear_memo()
     if output is None or torch._C._current_graph_task_id() >= 0:
         return  # a forward that failed has no output
     selection = vera.runtime.overridden() or vera.runtime.active

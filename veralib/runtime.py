@@ -1,7 +1,7 @@
 """The runtime of one model: it knows which selection is in force, and what layers that read the same x share.
 
-A layer asks it for the current selection in every forward. Inside a backward pass (recomputation under gradient
-checkpointing) the answer is the selection of the root forward whose gradient is flowing, since the user's `with` has ended.
+A layer asks it for the current selection in every forward. Inside a backward pass (recomputation under gradient checkpointing)
+the answer is the selection that the recomputed segment's forward followed, since the user's `with` has ended.
 """
 
 import threading
@@ -10,15 +10,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from . import segments
 from .autograd import UnitSpec
 from .bank import Member
 from .core import Plan
 from .errors import StateError
 from .products import apply_frozen
 from .selection import BASE, Bucket, Selection, stacked_vectors
-
-# (pack, unpack) of the innermost torch.autograd.graph.saved_tensors_hooks, or None; torch promises nobody this function
-_innermost_hook = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignore_is_tracing: None)
 
 
 class Runtime:
@@ -31,10 +29,6 @@ class Runtime:
         self.plan: Plan | None = None
         self._local = threading.local()
         self._record: tuple[int, list[Selection]] | None = None
-        self._seen: dict[bool, list[Selection]] = {True: [], False: []}
-        """By parts of the model, until the first forward after a backward: what forwards with gradients followed, and without
-        while training. Two at most: more than one can't be told apart."""
-        self._backward_ended = False
         self._written = 0
         self.lock = threading.RLock()
         """Held while an adapter comes or goes."""
@@ -57,63 +51,42 @@ class Runtime:
             return self._in_backward()
         stack = getattr(self._local, "stack", None)
         selection = stack[-1] if stack else self.active
-        grad = torch.is_grad_enabled()
-        by_parts = grad and not getattr(self._local, "in_root", False)
-        if by_parts or (training and not grad):  # a reentrant checkpoint's forward has no gradients, in the root's too
-            if self._backward_ended:
-                self._seen, self._backward_ended = {True: [], False: []}, False
-            _add(self._seen[grad], selection)
+        if (training or torch.is_grad_enabled()) and (segment := segments.of_forward()) is not None:
+            segments.write(segment, self, selection)
         return selection
 
     def _in_backward(self) -> Selection:
-        """What the recomputed layer's forward followed: the root tells, by its output's gradient; of parts called by themselves
-        it is known where all forwards since the last backward followed one selection."""
-        selections: list[Selection] = []
-        for selection in (*(self._record[1] if self._record else ()), *(() if self._backward_ended else self._seen[True])):
-            _add(selections, selection)
-        selections = selections or self._seen[True] or self._seen[False]
-        if self._record is None:
-            self._start_record()
+        """What the recomputed layer's forward followed: its segment knows. Of an unknown kind of checkpoint the root tells, by
+        its output's gradient."""
+        task = torch._C._current_graph_task_id()
+        if getattr(self._local, "tasks", None) and self._local.tasks[-1] == task:
+            return self._local.stack[-1]  # a `with` within the segment, or of its context_fn
+        selections = segments.recomputed(self)
+        if selections and (inner := segments.of_forward()) is not None:  # a checkpoint within the segment
+            segments.write(inner, self, selections[0])
+        if not selections and self._record is not None and self._record[0] == task:
+            selections = self._record[1]
         if len(selections) > 1:
-            self._end_backward()
             raise StateError(
-                "gradient checkpointing recomputes a layer while the gradients of several forwards with different rows() or "
-                "use() flow in one backward: which adapter it ran with can't be known. Call backward once for each forward, "
-                "run the forwards that train nothing under torch.no_grad(), "
-                "or give checkpoint a context_fn that enters the same vera.rows(...) for the recomputation."
+                "gradient checkpointing recomputes a layer, and its forward followed several rows() or use(): which adapter it "
+                "ran with can't be known. Call backward once for each forward, or checkpoint what one `with` holds."
             )
         return selections[0] if selections else self.active
 
-    def begin_root(self) -> None:
-        """The root's forward begins."""
-        self._local.in_root = True
-        if torch._C._current_graph_task_id() < 0:
-            self._record = None
-
-    def end_root(self) -> None:
-        """The root's forward has ended, or failed."""
-        self._local.in_root = False
-        self.clear_memo()
-
-    def _end_backward(self) -> None:
-        self._record, self._backward_ended = None, True
-
     def note_backward(self, selection: Selection) -> None:
         """Called by the root output's gradient hook: from here on this selection's layers may be recomputed."""
-        if self._record is None or self._record[0] != torch._C._current_graph_task_id():
-            self._start_record()
-        _add(self._record[1], selection)  # type: ignore[index]
+        task = torch._C._current_graph_task_id()
+        if self._record is None or self._record[0] != task:
+            record: tuple[int, list[Selection]] = (task, [])
+            self._record = record
 
-    def _start_record(self) -> None:
-        """A backward's record, until its end."""
-        record: tuple[int, list[Selection]] = (torch._C._current_graph_task_id(), [])
-        self._record = record
+            def end() -> None:
+                if self._record is record:
+                    self._record = None
 
-        def end() -> None:
-            if self._record is record:
-                self._end_backward()
-
-        torch.autograd.Variable._execution_engine.queue_callback(end)  # type: ignore[attr-defined]
+            torch.autograd.Variable._execution_engine.queue_callback(end)  # type: ignore[attr-defined]
+        if not any(selection.same(s) for s in self._record[1]):
+            self._record[1].append(selection)
 
     @contextmanager
     def override(self, selection: Selection):
@@ -130,10 +103,11 @@ class Runtime:
             self._in_force.append(selection)
             self.overrides = len(self._in_force)
         stack.append(selection)
+        self._local.tasks.append(torch._C._current_graph_task_id() if torch._C._current_graph_task_id() >= 0 else None)
         try:
             yield
         finally:
-            del stack[depth:]
+            del stack[depth:], self._local.tasks[depth:]
             with self.lock:
                 self._in_force.remove(selection)
                 self.overrides = len(self._in_force)
@@ -145,7 +119,7 @@ class Runtime:
 
     def _stack(self) -> list[Selection]:
         if not hasattr(self._local, "stack"):
-            self._local.stack = []
+            self._local.stack, self._local.tasks = [], []
         return self._local.stack
 
     def overridden(self) -> Selection | None:
@@ -186,7 +160,7 @@ class Runtime:
         if x.is_inference():  # no version counter: a change in place couldn't be seen
             return {}
         # A checkpointed segment saves tensors through a hook of its own and must compute all that it saves: nothing of another's.
-        hook = _innermost_hook(False) if torch.is_grad_enabled() else None
+        hook = segments.innermost_hook(False) if torch.is_grad_enabled() else None
         segment = None if hook is None else hook[0]
         if getattr(local, "x", None) is not x or local.version != x._version or local.segment is not segment:
             local.x, local.version, local.segment, local.memo = x, x._version, segment, {}
@@ -228,9 +202,3 @@ class Runtime:
 
     def clear_memo(self) -> None:
         self._local.x, self._local.segment, self._local.memo, self._local.readers = None, None, {}, set()
-
-
-def _add(selections: list[Selection], selection: Selection) -> None:
-    """One more selection in a list of different ones, which needs no third."""
-    if len(selections) < 2 and not any(selection.same(s) for s in selections):
-        selections.append(selection)

@@ -2,6 +2,7 @@
 
 import json
 
+import peft
 import pytest
 import torch
 import transformers
@@ -169,3 +170,41 @@ def test_a_peft_folders_task_type_names_the_class(tagger, tmp_path):
     merged = transformers.AutoModelForTokenClassification.from_pretrained(tmp_path / "merged").eval()
     with torch.no_grad():
         torch.testing.assert_close(merged(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_merged_decoder_classifies_a_batch(tmp_path):
+    """A PEFT folder names its task type alone; the padding token is the tokenizer's."""
+    base = tiny.make_llama(tmp_path / "base")
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=2, pad_token_id=0)
+    config = peft.VeraConfig(r=4, target_modules=["q_proj"], task_type="SEQ_CLS", projection_prng_key=1)
+    peft.get_peft_model(model, config).save_pretrained(tmp_path / "peft")
+    code, out = vera("merge", tmp_path / "peft", tmp_path / "merged", "--model", base)
+    assert code == 0, out
+    merged = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    assert merged.config.pad_token_id is not None
+    assert merged(
+        input_ids=torch.tensor([[5, 6, 7], [5, merged.config.pad_token_id, merged.config.pad_token_id]])
+    ).logits.shape == (2, 2)
+
+
+def test_a_trained_norm_of_a_language_model_asks_for_no_labels(tmp_path):
+    base = tiny.make_llama(tmp_path / "base")
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    file_of(model, tmp_path / "norm.safetensors", ["q_proj"], train_modules=("model.norm",))
+    code, out = vera("merge", tmp_path / "norm.safetensors", tmp_path / "merged", "--model", base)
+    assert code == 0, out
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "merged")
+    assert config.architectures == ["LlamaForCausalLM"] and "x" not in config.id2label.values()
+
+
+@pytest.mark.parametrize("words", [("--task", "classification"), ("--class", "DistilBertForSequenceClassification")])
+def test_distilberts_first_head_layer_isnt_counted_for_its_classes(words, tmp_path):
+    config = small("distilbert", dim=16, hidden_dim=24, n_layers=1, n_heads=2, num_labels=3)
+    model = transformers.DistilBertForSequenceClassification(config)
+    model.save_pretrained(tmp_path / "base")
+    tiny.make_tokenizer(tmp_path / "base", causal=False)
+    file_of(model, tmp_path / "a.safetensors", ["q_lin"], train_modules=("pre_classifier", "classifier"))
+    code, out = vera("merge", tmp_path / "a.safetensors", tmp_path / "merged", "--model", tmp_path / "base", *words)
+    assert code == 0, out
+    merged = transformers.DistilBertForSequenceClassification.from_pretrained(tmp_path / "merged")
+    assert merged.config.num_labels == 3 and merged.classifier.weight.shape == (3, 16)

@@ -46,7 +46,8 @@ def merge(
     torch.manual_seed(0)
     loaded = read_adapter(source.path) if source.settings.method == "vera" else None
     if loaded is not None and (model_class or not source.told):
-        base = load_by_class(source.settings, loaded, model_class, names or ())
+        known = source.labels if source.told and "Classification" in (model_class or "") else ()
+        base = load_by_class(source.settings, loaded, model_class, names or known)
     elif model_class:
         raise ConfigError(f"--class is for VeRA adapters, and {adapter} was trained with {source.settings.method}")
     else:

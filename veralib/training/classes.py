@@ -56,6 +56,9 @@ def load_by_class(settings: "Settings", adapter: "Adapter", name: str | None = N
         except (OSError, ValueError, KeyError, ImportError, RuntimeError) as e:
             raise ConfigError(f'can\'t load the model "{settings.model}": {e}') from e
         processor = _processor(settings)
+    pad = getattr(getattr(processor, "tokenizer", processor), "pad_token_id", None)
+    if getattr(model.config, "pad_token_id", 0) is None:  # without one a decoder classifies no batch
+        model.config.pad_token_id = pad
     new = new_modules(info)
     return Base(model, processor, head_modules(model, new), settings.max_length, new=new)
 
@@ -107,8 +110,10 @@ def _labels(adapter: "Adapter | None", labels: Sequence[str]) -> dict[str, Any]:
 
 
 def head_outputs(adapter: "Adapter") -> int:
-    """The number of classes of an adapter's head: the outputs of its last weight; 0 without a head."""
-    weights = [t for state in adapter.modules.values() for k, t in state.items() if k.endswith("weight") and t.dim() == 2]
+    """The number of classes of an adapter's head: the outputs of its last weight; 0 without a head. A layer before the classifier
+    is no head (DistilBERT's pre_classifier)."""
+    heads = sorted(adapter.modules.items(), key=lambda item: not item[0].rpartition(".")[2].startswith("pre_"))
+    weights = [t for _, state in heads for k, t in state.items() if k.endswith("weight") and t.dim() == 2]
     return weights[-1].shape[0] if weights else 0
 
 

@@ -133,12 +133,13 @@ def find_source(adapter: str | Path, changes: Mapping[str, Any] | None = None) -
     if not fields["model"]:
         raise ConfigError(f"{adapter} doesn't say which base model it was trained on: name it with model (--model)")
     labels = tuple(labels or json.loads(notes.get("labels", "[]")))
+    told = "task" in notes or "task" in changes
     if fields["task"] in ("classification", "images") and not labels:
         count = head_outputs(loaded)
-        if not count:
+        if not count and told:
             raise ConfigError(f"{adapter} has no labels in its notes and no head to count them by: give labels (--labels)")
         labels = tuple(str(i) for i in range(count))
-    return Source(adapter, Settings(**fields), labels, head, told="task" in notes or "task" in changes)
+    return Source(adapter, Settings(**fields), labels, head, told)
 
 
 def _method_fields(config: "VeraConfig") -> dict[str, Any]:
