@@ -134,6 +134,11 @@ def _(folder):
     attach(tiny_llama(), VeraConfig(targets="nothing.*here"))
 
 
+@case("unknown module to train", veralib.UnknownName, "train_modules", "head", '"classifier"')
+def _(folder):
+    attach(tiny_bert(), VeraConfig(rank=8, targets=["query"], train_modules=["head"]))
+
+
 @case("unknown adapter", veralib.UnknownName, "alcie", "alice")
 def _(folder):
     vera = attach(tiny_llama())

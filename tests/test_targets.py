@@ -129,6 +129,8 @@ def test_a_string_is_one_expression_for_the_whole_name():
     assert units(model, r".*layers\.1.*\.(q|k)_proj") == [f"model.layers.1.self_attn.{p}_proj" for p in "qk"]
     with pytest.raises(ConfigError, match=r'matches no linear.*targets=\["q_proj"\]'):
         units(model, "q_proj")
+    with pytest.raises(ConfigError, match='Did you mean "all-linear"'):
+        units(model, "all_linear")
     with pytest.raises(ConfigError, match="no regular expression"):
         units(model, "(q_proj")
 

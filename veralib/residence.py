@@ -235,7 +235,8 @@ class Residence:
         for wanted in config.train_modules:
             hits = {n: m for n, m in modules.items() if n == wanted or n.endswith("." + wanted)}
             if not hits:
-                leaves = list(dict.fromkeys(n.rpartition(".")[2] for n in modules))
+                # The model's own children first, a head among them: of many layers only the first dozen are shown.
+                leaves = list(dict.fromkeys(n.rpartition(".")[2] for n in sorted(modules, key=lambda n: n.count("."))))
                 raise unknown_name("module (train_modules)", wanted, leaves)
             found |= hits
         adapted = [n for n, m in found.items() if any(isinstance(c, layers.VeraLayer) for c in m.modules())]

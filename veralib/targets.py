@@ -202,7 +202,7 @@ class _View:
             if expression.fullmatch(f"{name}:{part}")
         }
         if not units:
-            hint = ""
+            hint = nearest(pattern, [ALL_LINEAR])
             if any(_ends(name, pattern.partition(":")[0]) for name in self.linears):
                 hint = f' For every linear of that name write a list: targets=["{pattern}"].'
             raise ConfigError(

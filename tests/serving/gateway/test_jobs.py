@@ -187,6 +187,7 @@ def test_bad_requests(quiet):
     for changes, param in [
         ({"suffix": "a/b"}, "suffix"), ({"suffix": "../x"}, "suffix"), ({"suffix": "a\x00"}, "suffix"),
         ({"suffix": "а"}, "suffix"),
+        ({"suffix": "acme:ann"}, "suffix"),
         ({"suffix": ""}, "suffix"), ({"suffix": "x" * 65}, "suffix"), ({"suffix": "a@1-0"}, "suffix"), ({"suffix": 5}, "suffix"),
         ({"seed": -1}, "seed"), ({"seed": 1.5}, "seed"), ({"seed": True}, "seed"), ({"seed": 10**30}, "seed"),
         ({"hyperparameters": {"n_epochs": 0}}, "n_epochs"), ({"hyperparameters": {"n_epochs": "many"}}, "n_epochs"),
@@ -207,6 +208,12 @@ def test_bad_requests(quiet):
             changes,
             status,
         )
+    error = refused(quiet, {**good, "hyperparameters": {"n_epochs": 0, "batch_size": 9**9}})[1]
+    assert (error["param"], error["message"]) == (
+        "hyperparameters.n_epochs",
+        "hyperparameters.n_epochs: Input should be 'auto', or Input should be greater than or equal to 1; "
+        "hyperparameters.batch_size: Input should be 'auto', or Input should be less than or equal to 256",
+    )
     for body in (
         b"",
         b"{",

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from typing import Any
 
 from fastapi import FastAPI
@@ -16,6 +17,8 @@ from .records import RecordError
 LOG = logging.getLogger("veralib.gateway")
 SHOWN = 300
 """Characters of a client's text that an error repeats: a name of 10 MB isn't sent back."""
+_NO_FIELD = re.compile(r"body|query|path|str|int|float|bool|constrained-\w+|(literal|list|dict|function-\w+)\[.*", re.DOTALL)
+"""Parts of a pydantic location that are no field's name: where the value came from, and which kind of a union was tried."""
 
 
 class ApiError(Exception):
@@ -97,16 +100,18 @@ def install(app: FastAPI) -> None:
 
 def from_validation(e: RequestValidationError) -> ApiError:
     """400 with the first faults by field, never the values: they may be long, and secret."""
-    faults = e.errors()
-    lines, first = [], None
-    for fault in faults[:5]:
-        where = shown(".".join(str(part)[:60] for part in fault["loc"] if part not in ("body", "query", "path")), 200)
-        first = first or where or None
+    by_field: dict[str, list[str]] = {}
+    for fault in e.errors():
+        where = shown(".".join(str(part)[:60] for part in fault["loc"] if not _NO_FIELD.fullmatch(str(part))), 200)
         if fault["type"] == "extra_forbidden":
-            lines.append(f"{where}: this field isn't taken here")
+            text = "this field isn't taken here"
         elif fault["type"] == "json_invalid":
-            lines.append("the body is no JSON")
+            where, text = "body", "it is no JSON"
         else:
-            lines.append(f"{where or 'body'}: {shown(str(fault['msg']))}")
-    more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
-    return ApiError(400, "; ".join(lines) + more, code="invalid_request", param=first)
+            text = shown(str(fault["msg"]))
+        by_field.setdefault(where or "body", []).append(text)
+    # A field of several kinds has a fault for each kind.
+    lines = [f"{where}: {', or '.join(dict.fromkeys(texts[:5]))}" for where, texts in by_field.items()]
+    more = f"; and {len(lines) - 5} more" if len(lines) > 5 else ""
+    first = next((field for field in by_field if field != "body"), None)
+    return ApiError(400, "; ".join(lines[:5]) + more, code="invalid_request", param=first)

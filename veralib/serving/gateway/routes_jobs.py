@@ -119,6 +119,14 @@ def _names(here: Learning, tenant: Tenant, body: JobRequest) -> tuple[str, str |
         raise ApiError(404, f'There is no model "{shown(body.model, 128)}" for this key.', code="model_not_found", param="model")
     if body.suffix is None:
         return (body.model, None) if goes_on else (f"{tenant.prefix}ft-{secrets.token_hex(6)}", None)
+    if tenant.prefix and body.suffix.startswith(tenant.prefix):
+        raise ApiError(
+            400,
+            f'suffix is "{shown(body.suffix, 64)}", which makes the name "{shown(tenant.prefix + body.suffix, 128)}": '
+            f'leave "{tenant.prefix}" out, the gateway writes it.',
+            code="invalid_suffix",
+            param="suffix",
+        )
     name = tenant.prefix + body.suffix
     if not is_name(name) or name == base:
         raise ApiError(
