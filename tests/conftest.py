@@ -1,6 +1,7 @@
 """Small models that tests share; real data and models only where VERALIB_DATA names their folder."""
 
 import os
+import random
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,22 @@ import torch
 torch.set_num_threads(1)  # pytest-xdist runs a worker a core
 
 
+def _seed() -> None:
+    random.seed(0)
+    torch.manual_seed(0)
+    np.random.seed(0)
+
+
 @pytest.fixture(autouse=True)
 def same_numbers() -> None:
     """What a test draws doesn't hang on the tests before it, which differ with the number of workers."""
-    torch.manual_seed(0)
-    np.random.seed(0)
+    _seed()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def same_numbers_for_a_module() -> None:
+    """Nor does what a module's own fixtures draw."""
+    _seed()
 
 
 @pytest.fixture

@@ -1,10 +1,12 @@
 """Mutated adapter files: each loads as the identical adapter or raises veralib's own error; never a crash, never another adapter.
 
-About twenty seconds. The mutations are blind (bytes) and knowing (the header's JSON); a last test seals its forgeries with a
-right checksum, where another adapter is what the file says and only a foreign exception or a contradiction is wrong.
+About twenty seconds, with the same mutations at every run; FUZZ_EXAMPLES=20000 draws so many others of each kind. The
+mutations are blind (bytes) and knowing (the header's JSON); a last test seals its forgeries with a right checksum, where
+another adapter is what the file says and only a foreign exception or a contradiction is wrong.
 """
 
 import json
+import os
 import struct
 import warnings
 
@@ -18,8 +20,9 @@ from veralib.checks import faults
 from veralib.errors import AdapterFileError, VeraError
 from veralib.format import load_adapter, read_header, save_adapter
 
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES") or 0)
 FUZZ = settings(
-    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    max_examples=EXAMPLES or 300, derandomize=not EXAMPLES, database=None, deadline=None, suppress_health_check=list(HealthCheck)
 )
 SMALL = [s for s in SAMPLES if s is not peft]  # growing PEFT's pair for each wrong size would be all that the time goes to
 
@@ -185,13 +188,13 @@ def test_a_changed_header_under_a_right_checksum_is_a_sound_adapter_or_is_refuse
             loaded.scale_of(unit), loaded.basis_of(unit)
 
 
-@settings(FUZZ, max_examples=150)
+@settings(FUZZ, max_examples=EXAMPLES or 150)
 @given(raw=st.one_of(st.binary(max_size=60), st.binary(max_size=60).map(lambda b: struct.pack("<Q", len(b)) + b)))
 def test_bytes_from_nowhere_are_refused(files, raw):
     assert loads(files[1], raw) is None
 
 
-@settings(FUZZ, max_examples=150)
+@settings(FUZZ, max_examples=EXAMPLES or 150)
 @given(value=VALUES)
 def test_any_json_as_a_header_is_refused(files, value):
     for header in (value, {"__metadata__": value}, {"a": value}, {"__metadata__": {"vera_format": "1"}, "a": value}):
