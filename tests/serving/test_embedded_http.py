@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -109,7 +110,7 @@ def test_tokenize_models_load_unload_metrics(place):
     assert name in [m["id"] for m in call(url + "/v1/models")[1]["data"]]
     assert call(url + "/v1/unload_lora_adapter", {"lora_name": name})[0] == 200
     assert call(url + "/health")[0] == 200  # what was to be done between two steps is done soon
-    for _ in range(100):
+    for _ in range(1000):
         if name not in engine.residents.names:
             break
         time.sleep(0.01)
@@ -291,11 +292,16 @@ def test_no_made_up_request_ends_in_a_5xx(place):
 def test_too_many_requests_are_told_to_come_back(place, monkeypatch):
     engine, url, _ = place
     monkeypatch.setattr(engine, "max_requests", 1)
+    gate = threading.Event()
+    engine.loop.between_steps(gate.wait)
     with ThreadPoolExecutor(1) as threads:
-        first = threads.submit(call, url + "/v1/completions", {**GOOD, "max_tokens": 300, "ignore_eos": True})
-        while not engine.load:
-            time.sleep(0.001)
-        status, answer = call(url + "/v1/completions", GOOD)
+        first = threads.submit(call, url + "/v1/completions", GOOD)
+        try:
+            while not engine.load and not first.done():
+                time.sleep(0.001)
+            status, answer = call(url + "/v1/completions", GOOD)
+        finally:
+            gate.set()
         assert (status, answer["error"]["type"], first.result()[0]) == (429, "rate_limit_error", 200)
 
 
@@ -335,13 +341,14 @@ def test_sigterm_lets_an_answer_end(tmp_path):
     process, url = start_server(tmp_path / "store", "--served-model-name", "base")
     try:
         with ThreadPoolExecutor(1) as threads:
-            body = {"model": "base", "prompt": "Once", "max_tokens": 200, "ignore_eos": True, "temperature": 0}
+            body = {"model": "base", "prompt": "Once", "max_tokens": 300, "ignore_eos": True, "temperature": 0}
             answer = threads.submit(call, url + "/v1/completions", body)
             while "veralib_engine_running 0.0" in call(url + "/metrics")[1]:
+                assert not answer.done(), "it was answered before the signal: nothing was tested"
                 time.sleep(0.005)
             process.send_signal(signal.SIGTERM)
             status, said = answer.result()
-        assert status == 200 and said["usage"]["completion_tokens"] == 200
+        assert status == 200 and said["usage"]["completion_tokens"] == 300
         assert process.wait(30) == 0
     finally:
         process.kill()

@@ -13,6 +13,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import sys
 import threading
 import time
@@ -201,6 +202,17 @@ def wait_until(true, seconds=60.0):
             return True
         time.sleep(0.02)
     return False
+
+
+@contextmanager
+def asking(url, key, path, body):
+    """A request whose client leaves, without an answer, at the end of the block."""
+    host, port = url.removeprefix("http://").split(":")
+    raw = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\nContent-Type: application/json\r\n"
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(f"{head}Content-Length: {len(raw)}\r\n\r\n".encode() + raw)
+        yield
 
 
 def fake_python(folder):

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import httpx2
 import openai
+import psutil
 import pytest
 
 from tests.serving.gateway.fake import Fake, fake_python, serving, wait_until
@@ -50,7 +51,7 @@ def test_a_child_is_started_again_and_ends_with_the_gateway(world, tmp_path):
         os.kill(first, signal.SIGKILL)
         rest = [line for line in pieces if line]
     waiting.join()
-    assert wait_until(lambda: not looked_after.up, 3)
+    assert wait_until(lambda: not looked_after.up, 30)
     assert json.loads(rest[-1].removeprefix("data: "))["error"]["code"] == "engine_unavailable"
     assert results[0].status_code == 503 and results[0].headers["retry-after"] and "engine_unavailable" in results[0].text
     assert wait_until(lambda: http.get("/ready").status_code == 200, 30)
@@ -110,6 +111,13 @@ def test_a_python_that_is_not_there(world, caplog):
     assert wait_until(lambda: '"/nonexistent/python" is no program' in caplog.text, 10)
 
 
+def has_ended(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent died")
 def test_a_child_dies_with_the_process_that_started_it():
     """Killed, not ended: nothing of that process's own could still run."""
@@ -121,9 +129,7 @@ def test_a_child_dies_with_the_process_that_started_it():
         child = int(parent.stdout.readline())
         assert wait_until(lambda: Path(f"/proc/{child}/comm").read_text() == "sleep\n", 30)
         parent.kill()
-    assert wait_until(
-        lambda: not Path(f"/proc/{child}").exists() or "Z" in Path(f"/proc/{child}/stat").read_text().split()[2], 30
-    )
+    assert wait_until(lambda: has_ended(child))
 
 
 def test_commands():
@@ -160,7 +166,7 @@ def test_a_stream_that_breaks_is_an_error_to_the_client(world):
 
 
 def test_an_engine_that_says_nothing(world):
-    http = world.http(world.gateway(engine_seconds=0.3))
+    http = world.http(world.gateway(engine_seconds=1.0))
     answer = http.post("/v1/completions", json={**TEXT, "prompt": "silent"})
     assert answer.status_code == 504 and wait_until(lambda: world.fake.cancelled)
 

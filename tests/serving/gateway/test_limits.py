@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import httpx2
 import pytest
 
-from tests.serving.gateway.fake import wait_until
+from tests.serving.gateway.fake import asking, wait_until
 from veralib.serving.gateway.client import About
 from veralib.serving.gateway.errors import ApiError
 from veralib.serving.gateway.lengths import estimate
@@ -48,7 +48,7 @@ def test_a_body_that_never_ends(world):
     began = time.monotonic()
     with contextlib.suppress(httpx2.HTTPError):  # closed while it was still sent
         assert http.post("/v1/completions", content=slow()).status_code == 408
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 8
 
 
 def test_lengths(world):
@@ -263,8 +263,8 @@ def test_a_client_that_leaves_takes_its_request_along(world, how):
             pieces = answer.iter_raw()
             next(pieces)
     else:
-        with pytest.raises(httpx2.TimeoutException):
-            http.post("/v1/completions", json={**TEXT, "prompt": "silent"}, timeout=0.5)
+        with asking(url, world.keys["acme"], "/v1/completions", {**TEXT, "prompt": "silent"}):
+            assert wait_until(lambda: world.fake.asked)
     assert wait_until(lambda: len(world.fake.cancelled) == 1)
     limits = world.apps[0].state.gateway.limits
     assert wait_until(lambda: all(k.running == 0 for k in limits._keys.values()) and not limits._slots.locked())
@@ -272,8 +272,8 @@ def test_a_client_that_leaves_takes_its_request_along(world, how):
         with http.stream("POST", "/v1/completions", json={**TEXT, "prompt": "long", "stream": True}) as answer:
             pieces = answer.iter_raw()
             next(pieces)
-            with pytest.raises(httpx2.TimeoutException):
-                world.http(url).post("/v1/completions", json=TEXT, timeout=0.3)
+            with asking(url, world.keys["acme"], "/v1/completions", TEXT):
+                assert wait_until(lambda: limits._waiting == 1)
             assert wait_until(lambda: limits._waiting == 0)
             asked = len(world.fake.asked)
         time.sleep(0.2)
