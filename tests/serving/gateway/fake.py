@@ -190,7 +190,7 @@ def serving(app, **options):
         yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     finally:
         server.should_exit = True
-        thread.join(10)
+        thread.join(60)
         assert not thread.is_alive()
 
 
@@ -241,6 +241,10 @@ def main():
     @fake.app.get("/die")
     async def die():
         os.kill(os.getpid(), signal.SIGKILL)
+
+    @fake.app.get("/asked")
+    async def asked():
+        return [body.get("prompt") for _, body in fake.asked]
 
     uvicorn.run(fake.app, host=given.host, port=given.port, log_level="error")
 
