@@ -278,7 +278,7 @@ def test_figure_2s_grid_is_the_papers():
     assert set(read_grid(EXPERIMENTS / "ablations.yaml").metrics) == {"cola", "mrpc", "stsb"}
 
 
-def test_the_second_glue_grid_has_every_other_method_and_shows_them_missing_beside_lora(tmp_path):
+def test_the_second_glue_grid_has_every_other_method_and_shows_them_missing_beside_lora_and_vera(tmp_path):
     first, more = (yaml.safe_load((EXPERIMENTS / f"{n}.yaml").read_text()) for n in ("glue", "glue_more"))
     assert all(first[key] == more[key] for key in ("common", "tasks", "seeds"))  # else they wouldn't compare
     assert not first["methods"].keys() & more["methods"].keys()
@@ -287,9 +287,11 @@ def test_the_second_glue_grid_has_every_other_method_and_shows_them_missing_besi
     (tmp_path / "glue/cola").mkdir(parents=True)
     (tmp_path / "glue/cola/a.json").write_text(json.dumps(run("LoRA r=1", 0.1, 0, 0.5, 0.5)))
     (tmp_path / "glue/cola/b.json").write_text(json.dumps(run("VeRA r=256", 0.1, 0, 0.5, 0.5)))
+    (tmp_path / "glue/cola/c.json").write_text(json.dumps(run("VB-LoRA", 0.1, 0, 0.5, 0.5)))  # not what this grid compares with
     grid.make("glue_more", EXPERIMENTS / "glue_more.yaml", tmp_path, tmp_path / "more", beside=tmp_path / "glue")
     page = (tmp_path / "glue_more.md").read_text()
-    assert "| LoRA r=1 | 7 | 9 |" in page and "VeRA r=256 |" not in page and "- mrpc, BitFit: 9" in page
+    assert "| LoRA r=1 | 7 | 9 |" in page and "| VeRA r=256 | 7 | 9 |" in page and "VB-LoRA |" not in page
+    assert "- mrpc, BitFit: 9" in page
     assert "504 of 504 runs are missing" in page
     assert "![" not in page and not (tmp_path / "more/quality.png").exists()  # there is nothing of its own to see
 

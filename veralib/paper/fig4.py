@@ -82,7 +82,7 @@ def _ours(results: Path) -> tuple[list[Table], list[dict[str, Any]]]:
             continue
         head = statistics.mean(scores[BASELINE].scores.values())
         rows = []
-        for name, line in scores.items():
+        for name, line in sorted(scores.items(), key=lambda s: s[1].parameters):
             if name == BASELINE or not line.parameters:
                 continue
             accuracy, thousands = statistics.mean(line.scores.values()), line.parameters / 1000
