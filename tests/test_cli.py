@@ -266,6 +266,17 @@ def test_a_missing_package_gives_the_command_that_installs_it(missing):
     assert done.stderr.startswith("Error: ") and "pip install 'veralib[cli]'" in done.stderr and missing in done.stderr
 
 
+def test_advice_about_a_kernel_that_isnt_used_is_hidden_and_nothing_else():
+    code = (
+        "import logging, sys; from veralib.cli import main; sys.argv = ['vera', '--version']\n"
+        "try: main()\nexcept SystemExit: pass\n"
+        "log = logging.getLogger('bitsandbytes.backends.cpu.ops')\n"
+        "log.warning('Failed to load CPU gemm_4bit_forward: %s', 1); log.warning('kept')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stderr.split() == ["kept"]
+
+
 @pytest.mark.parametrize("projections", [True, False])
 def test_predict_and_merge_take_a_folder_that_peft_saved(work, tmp_path, projections):
     import peft

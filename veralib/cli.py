@@ -1,5 +1,6 @@
 """The command `vera`. Here: the list of commands and how an error looks. Each command is in veralib/commands."""
 
+import logging
 import sys
 
 
@@ -8,6 +9,8 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):  # help and tables hold characters that an ASCII terminal would choke on
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
+    # PEFT imports bitsandbytes, which asks some CPUs' owners for a kernel that 4-bit layers here don't use (keep_unpacked).
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gemm_4bit_forward" not in str(record.msg))
     try:
         import rich  # noqa: F401
         import typer  # noqa: F401
