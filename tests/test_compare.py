@@ -15,7 +15,7 @@ from veralib.commands.reproduce import _whole
 from veralib.commands.train import resolve
 from veralib.evaluation import read_items
 from veralib.paper import cells, fig4, grid, weights
-from veralib.paper.compare import chosen, interval, paired, verdict
+from veralib.paper.compare import chosen, interval, over_tasks, paired, verdict
 from veralib.paper.published import TABLES, TASKS
 from veralib.recipes import settings_of
 from veralib.training import e2e
@@ -56,6 +56,25 @@ def test_of_loss_the_lowest_is_chosen_and_lower_is_better():
     assert [verdict(ends, lower=True) for ends in ((-5, -2), (2, 5), (-5, 2), (-0.5, 0.9))] == [
         "better", "worse", "undecided", "on par"
     ]  # fmt: skip
+
+
+def test_the_mean_of_the_tasks_is_over_those_that_all_methods_ran_seed_by_seed():
+    tasks = {
+        "cola": {"a": (0.1, 0.2, 0.3), "b": (0.4, 0.4, 0.4)},
+        "mrpc": {"a": (0.5, 0.6, 0.9), "b": (0.8, 0.8)},
+        "sst2": {"a": (0.9,)},
+    }
+    by_task = {
+        task: [chosen([run(name, 1, s, 0, t) for s, t in enumerate(tests)], "matthews")[0] for name, tests in methods.items()]
+        for task, methods in tasks.items()
+    }
+    a, b = over_tasks(by_task, ["a", "b"])
+    assert a.task == b.task == "cola, mrpc" and a.scores == pytest.approx({0: 30, 1: 40, 2: 60})
+    assert b.scores == pytest.approx({0: 60, 1: 60})  # the third seed ran on one of the tasks
+    assert paired(a, b)[0] == pytest.approx(-25) and not over_tasks(by_task, ["a", "b", "c"])
+    assert [line.task for line in over_tasks(by_task, ["a"])] == ["cola, mrpc, sst2"]
+    loss = chosen([{**run("a", 1, 0, 0, 0), "metrics": {"eval_loss": 1, "test_loss": 1}}], "loss")
+    assert not over_tasks({"cola": by_task["cola"], "text": loss}, ["a"])  # one is better high, the other low
 
 
 def test_an_interval_is_students():
@@ -193,6 +212,17 @@ def test_a_grids_page_is_rendered_from_its_files(tmp_path):
     assert "| VeRA | +10.0 | +10.0 to +10.0 | better |" in page and "| VeRA | -10.0 | -10.0 to -10.0 | worse |" in page
     assert (out / "quality.png").stat().st_size > 1000 and "runs are missing" in page and "- mrpc, VeRA: 3" in page
     assert "(results/quality.png)" in (tmp_path / "glue.md").read_text() and json.loads((tmp_path / "glue.json").read_text())
+    assert "mean of the tasks" not in page
+    (out / "mrpc").mkdir()
+    for file in (out / "cola").iterdir():
+        result = json.loads(file.read_text())
+        result["metrics"]["test_matthews"] -= 0.2
+        (out / "mrpc" / file.name).write_text(json.dumps({**result, "task": "mrpc"}))
+    found = grid.make("glue", tmp_path / "grid.yaml", tmp_path, out)
+    page = (out / "README.md").read_text()
+    assert [line["mean"] for line in found["mean of the tasks"]] == pytest.approx([41, 61, 51])
+    assert "| VeRA | 7 | 61.0 ± 1.0 | 41.0 ± 1.0 | **51.0 ± 1.0** |" in page
+    assert page.index("mean of the tasks: minus LoRA r=8") < page.index("cola: minus LoRA r=8")
 
 
 def test_a_diverged_seed_is_shown_and_stops_no_page(tmp_path):

@@ -3,8 +3,8 @@
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..training.metrics import LOWER_IS_BETTER
@@ -82,6 +82,27 @@ def chosen(results: Sequence[dict[str, Any]], metric: str) -> list[Line]:
             )
         )
     return lines
+
+
+def over_tasks(by_task: Mapping[str, Sequence[Line]], names: Sequence[str]) -> list[Line]:
+    """A line for each method with its mean over the tasks, seed by seed, as the last column of the paper's Table 2.
+
+    Of the tasks on which all of `names` have a line; empty where these are fewer than two, or where less is better on some and
+    more on others. The rate and the bytes differ from task to task and are no part of it.
+    """
+    whole = {t: {line.name: line for line in lines} for t, lines in by_task.items() if {line.name for line in lines} >= {*names}}
+    if len(whole) < 2 or len({line.lower for lines in whole.values() for line in lines.values()}) > 1:
+        return []
+    means = []
+    for name in names:
+        lines = [of_task[name] for of_task in whole.values()]
+        means.append(replace(lines[0], task=", ".join(whole), held_out={}, scores=_mean_scores(lines)))
+    return means
+
+
+def _mean_scores(lines: Sequence[Line]) -> dict[int, float]:
+    seeds = set.intersection(*({*line.scores} for line in lines))
+    return {seed: statistics.mean(line.scores[seed] for line in lines) for seed in sorted(seeds)}
 
 
 def interval(differences: Sequence[float]) -> tuple[float, float] | None:

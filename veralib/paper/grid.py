@@ -9,7 +9,7 @@ from typing import Any
 
 from ..training.grid import Grid, read_grid
 from ..training.sweep import load_results
-from .compare import MARGIN, Line, chosen, finite, paired, spread, verdict
+from .compare import MARGIN, Line, chosen, finite, over_tasks, paired, spread, verdict
 from .pages import Table, page, write
 
 COLUMNS = ("method", "trained parameters", "adapter bytes", "rate", "held-out", "test", "seeds", "ms a step")
@@ -39,17 +39,12 @@ def make(
     if beside is not None:
         results = [*(r for r in load_results(beside, grid.against) if r["name"] in grid.against), *results]
     by_task = {task: chosen([r for r in results if r["task"] == task], metric) for task, metric in grid.metrics.items()}
-    tables: list[Table] = []
+    together = over_tasks(by_task, list(dict.fromkeys(c.name for c in grid.cells)))
+    tables = _over_tasks(together, by_task, grid, average)
     for task, lines in by_task.items():
-        if not lines:
-            continue
-        tables.append((f"{task}: {grid.metrics[task]} × 100", COLUMNS, [_line(line, average) for line in lines]))
-        for against in grid.against:
-            if reference := next((line for line in lines if line.name == against), None):
-                rows = [_difference(line, reference) for line in lines if line is not reference]
-                tables.append(
-                    (f"{task}: minus {against}, paired by seed", ("method", "difference", "95 % interval", "says"), rows)
-                )
+        if lines:
+            tables.append((f"{task}: {grid.metrics[task]} × 100", COLUMNS, [_line(line, average) for line in lines]))
+            tables += _differences(task, lines, grid)
     picture, missing = "", grid.missing()
     grid.output.mkdir(parents=True, exist_ok=True)
     remarks = [
@@ -59,6 +54,11 @@ def make(
         f"bytes, not in the parameters. On par: the whole interval within ± {MARGIN:g} points, a margin of our choice. The "
         "interval is of the seeds alone: it says nothing of other test rows than these, and isn't widened for the number of "
         "comparisons. Steps are timed with other runs beside them.",
+        *(
+            ["The mean of the tasks adds different metrics up, as the last column of the paper's Table 2 does."]
+            if together
+            else []
+        ),
         *([f"{' and '.join(grid.against)}: runs of another grid with the same settings, in {beside}."] if beside else []),
         *_machine(results),
         f"{len(missing)} of {len(grid.cells)} runs are missing" + (f": `vera sweep {grid_file}`" if missing else "") + ".",
@@ -74,6 +74,7 @@ def make(
             task: [{**vars(line), average: AVERAGES[average](line.scores.values())} for line in lines]
             for task, lines in by_task.items()
         },
+        "mean of the tasks": [{**vars(line), average: AVERAGES[average](line.scores.values())} for line in together],
         "missing": len(missing),
     }
     text = page(grid.title, name, tables, remarks)
@@ -98,6 +99,32 @@ def _line(line: Line, average: str) -> tuple[str, ...]:
         *(average_std(line.held_out.values(), average), f"**{test}**", str(len(line.scores))),
         f"{1000 * line.seconds_per_step:.0f}",
     )
+
+
+def _over_tasks(together: list[Line], by_task: Mapping[str, list[Line]], grid: Grid, average: str) -> list[Table]:
+    """The methods on the tasks that all of them ran, beside each other, and the differences of their means over these tasks."""
+    if not together:
+        return []
+    tasks = together[0].task.split(", ")
+    scores = {(task, line.name): average_std(line.scores.values(), average) for task in tasks for line in by_task[task]}
+    columns = ("method", "trained parameters", *(f"{task}, {grid.metrics[task]}" for task in tasks), "mean of the tasks")
+    rows = [
+        (
+            *(line.name, f"{line.parameters:,}", *(scores[task, line.name] for task in tasks)),
+            f"**{average_std(line.scores.values(), average)}**",
+        )
+        for line in together
+    ]
+    return [("Test scores × 100", columns, rows), *_differences("mean of the tasks", together, grid)]
+
+
+def _differences(what: str, lines: list[Line], grid: Grid) -> list[Table]:
+    tables: list[Table] = []
+    for against in grid.against:
+        if reference := next((line for line in lines if line.name == against), None):
+            rows = [_difference(line, reference) for line in lines if line is not reference]
+            tables.append((f"{what}: minus {against}, paired by seed", ("method", "difference", "95 % interval", "says"), rows))
+    return tables
 
 
 def _difference(line: Line, reference: Line) -> tuple[str, ...]:
